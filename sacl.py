@@ -55,7 +55,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 
-class UsageError(Exception):
+class UsageError(ValueError):
     """Bad input, told in one sentence that names the flag or the file and says what to do."""
 
 
@@ -87,9 +87,12 @@ class Config:
     tau: float = 0.2  # temperature
     m: float = 0.99  # momentum of the target; best of Table 6; Sec. 2.4 says 0.999
     m_schedule: Literal["constant", "cosine"] = "constant"  # cosine: from m to 1
-    texture: Literal["negative", "positive", "none"] = "none"  # see README, open questions
+    texture: Literal["negative", "positive", "none"] = "negative"  # paper: Sec. 0, 2.1; or Fig. 4
     texture_alpha: float = 1.0  # ours: weight of the texture's similarity
     texture_negatives: Literal["own", "batch"] = "own"  # ours: each image's own texture, or all
+    texture_seeds: int = 0  # ours: side of the lattice textures grow from; 0: by size, 3 at 32 px
+    texture_every: int = 20  # ours: epochs between new textures for images in memory
+    texture_bank: str = ""  # file of textures for larger images, made by texture.py bank
     negatives: Literal["cross", "eq10"] = "cross"  # Algorithm 1, or also the same view's keys
     # views (Sec. 3.2)
     weak: Literal["common", "geometric"] = "common"  # ours: what "weak augmentation" is
@@ -105,7 +108,7 @@ class Config:
     seed: int = 0
     # machine
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # precision of the networks' arithmetic
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: where it repays itself
+    compile: Literal["auto", "on", "graphs", "off"] = "auto"  # graphs: with CUDA graphs
     workers: int = -1  # processes that decode image files; -1: one per core, at most 8
     # run
     resume: Literal["auto", "none"] = "auto"  # none: put an earlier run aside and start anew
@@ -140,8 +143,8 @@ PRESETS = {
     "imagenet100": dict(image_size=224, epochs=100),
     "folder": dict(image_size=224),
     "shapes": dict(
-        **dict(arch="resnet18", width=16, dim=256, epochs=8, batch_size=64, knn_every=2),
-        **dict(weight_decay=5e-4, m=0.98, warmup_epochs=0, m_schedule="constant", print_every=20),
+        **dict(arch="resnet18", width=16, dim=256, epochs=6, batch_size=64, knn_every=2),
+        **dict(lr=0.2, weight_decay=5e-4, m=0.98, warmup_epochs=0, m_schedule="constant"),
     ),
 }
 
@@ -165,6 +168,8 @@ def check(cfg: Config) -> None:
         ("width", cfg.width >= 1, "must be at least 1"),
         ("reduction", cfg.reduction >= 1, "must be at least 1"),
         ("image_size", side >= 8, "must be at least 8"),
+        ("texture_every", cfg.texture_every >= 1, "must be at least 1"),
+        ("texture_seeds", cfg.texture_seeds >= 0, "must be at least 0"),
         ("print_every", cfg.print_every >= 1, "must be at least 1"),
     )
     for name, holds, rule in rules:
@@ -354,34 +359,42 @@ class SE(nn.Module):
         self.fc1 = nn.Linear(channels, hidden, bias=False)
         self.fc2 = nn.Linear(hidden, channels, bias=False)
 
+    def gate(self, z: Tensor) -> Tensor:
+        """Eq. (3) after the squeeze: channel means z (N, C) -> s (N, C) in (0, 1)."""
+        return self.fc2(F.relu(self.fc1(z))).sigmoid()
+
     def forward(self, u: Tensor) -> Tensor:
-        s = self.fc2(F.relu(self.fc1(u.mean((2, 3))))).sigmoid()  # (N, C)
-        return u * s[:, :, None, None]
+        return u * self.gate(u.mean((2, 3)))[:, :, None, None]  # Eq. (4)
 
 
 class Block(nn.Module):
     """A residual unit of ResNet v1.5 with the gate in one of the four places of Fig. 6."""
 
     expansion: int
+    fused = False  # compute the standard placement by `fused_standard`
 
     def __init__(self, c_in: int, c_mid: int, stride: int, se: str, reduction: int):
         super().__init__()
         c_out = c_mid * self.expansion
-        self.se_placement = se
+        self.placement = se
         self.downsample = None  # torchvision's name for the shortcut's projection
         if stride != 1 or c_in != c_out:
-            self.downsample = nn.Sequential(
-                nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out)
-            )
-        self.build_residual(c_in, c_mid, c_out, stride)
+            conv = nn.Conv2d(c_in, c_out, 1, stride, bias=False)
+            self.downsample = nn.Sequential(conv, nn.BatchNorm2d(c_out))
+        self.build_branch(c_in, c_mid, c_out, stride)
         if se != "none":
             self.se = SE(c_in if se == "pre" else c_out, reduction)
 
     def shortcut(self, x: Tensor) -> Tensor:
         return x if self.downsample is None else self.downsample(x)
 
+    def residual(self, x: Tensor) -> Tensor:
+        return self.last_bn(self.branch(x))
+
     def forward(self, x: Tensor) -> Tensor:
-        match self.se_placement:
+        match self.placement:
+            case "standard" if self.fused:
+                return self.fused_standard(x)
             case "standard":
                 return F.relu(self.shortcut(x) + self.se(self.residual(x)))
             case "pre":
@@ -393,20 +406,50 @@ class Block(nn.Module):
             case "none":
                 return F.relu(self.shortcut(x) + self.residual(x))
 
+    def fused_standard(self, x: Tensor) -> Tensor:
+        """The standard placement with fewer passes over its largest maps, for torch.compile.
+
+        The mean of BN(u) over pixels is BN of the mean of u, so that one reading of u gives both
+        the squeeze and BN's statistics, and BN, gate, sum and ReLU become one pass. Exact.
+        """
+        bn, u = self.last_bn, self.branch(x)
+        full = torch.promote_types(u.dtype, torch.float32)
+        var, mean = torch.var_mean(u.to(full), (2, 3), correction=0)  # (N, C) each
+        if bn.training:
+            batch_mean = mean.mean(0)
+            batch_var = (var + (mean - batch_mean).square()).mean(0)
+            if bn.track_running_stats:
+                count = u.numel() / u.shape[1]
+                unbiased = batch_var.detach() * (count / (count - 1))
+                bn.running_mean.lerp_(batch_mean.detach(), bn.momentum)
+                bn.running_var.lerp_(unbiased, bn.momentum)
+                bn.num_batches_tracked.add_(1)
+        else:
+            batch_mean, batch_var = bn.running_mean, bn.running_var
+        scale = bn.weight * (batch_var + bn.eps).rsqrt()  # (C,)
+        shift = bn.bias - batch_mean * scale
+        s = self.se.gate((mean * scale + shift).to(u.dtype)).to(full)  # (N, C)
+        u = u * (scale * s)[:, :, None, None] + (shift * s)[:, :, None, None]
+        return F.relu(u + self.shortcut(x)).to(x.dtype)
+
 
 class BasicBlock(Block):
     """3x3, 3x3: the unit of ResNet-18."""
 
     expansion = 1
 
-    def build_residual(self, c_in: int, c_mid: int, c_out: int, stride: int) -> None:
+    def build_branch(self, c_in: int, c_mid: int, c_out: int, stride: int) -> None:
         self.conv1 = nn.Conv2d(c_in, c_mid, 3, stride, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(c_mid)
         self.conv2 = nn.Conv2d(c_mid, c_out, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(c_out)
 
-    def residual(self, x: Tensor) -> Tensor:
-        return self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+    @property
+    def last_bn(self) -> nn.BatchNorm2d:
+        return self.bn2
+
+    def branch(self, x: Tensor) -> Tensor:
+        return self.conv2(F.relu(self.bn1(self.conv1(x))))
 
 
 class Bottleneck(Block):
@@ -414,7 +457,7 @@ class Bottleneck(Block):
 
     expansion = 4
 
-    def build_residual(self, c_in: int, c_mid: int, c_out: int, stride: int) -> None:
+    def build_branch(self, c_in: int, c_mid: int, c_out: int, stride: int) -> None:
         self.conv1 = nn.Conv2d(c_in, c_mid, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(c_mid)
         self.conv2 = nn.Conv2d(c_mid, c_mid, 3, stride, 1, bias=False)
@@ -422,10 +465,13 @@ class Bottleneck(Block):
         self.conv3 = nn.Conv2d(c_mid, c_out, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(c_out)
 
-    def residual(self, x: Tensor) -> Tensor:
+    @property
+    def last_bn(self) -> nn.BatchNorm2d:
+        return self.bn3
+
+    def branch(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)))
-        x = F.relu(self.bn2(self.conv2(x)))
-        return self.bn3(self.conv3(x))
+        return self.conv3(F.relu(self.bn2(self.conv2(x))))
 
 
 class SEResNet(nn.Module):
@@ -471,7 +517,7 @@ class SEResNet(nn.Module):
             elif isinstance(module, Block) and se in ("standard", "pre", "none"):
                 # ours: each block starts as the identity (Goyal et al. 2017); where the gate sits
                 # on the shortcut or after the sum this would only shrink the signal
-                nn.init.zeros_((module.bn3 if block is Bottleneck else module.bn2).weight)
+                nn.init.zeros_(module.last_bn.weight)
 
     def maps(self, x: Tensor) -> Tensor:
         """Feature maps before the global mean, (N, C, h, w)."""
@@ -599,7 +645,9 @@ class Files(Dataset):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, i: int) -> Tensor:
+    def __getitem__(self, i: int | slice) -> Tensor:
+        if isinstance(i, slice):
+            return torch.stack([self[j] for j in range(*i.indices(len(self)))])
         try:
             image = torchvision.datasets.folder.pil_loader(str(self.paths[i]))
         except Exception as error:  # Pillow raises a dozen kinds for a broken file
@@ -766,6 +814,45 @@ def fetch(
             yield index.to(device), x.to(device, non_blocking=True)
     except UsageError as error:  # a worker's comes wrapped in its traceback
         raise UsageError(str(error).rsplit("UsageError: ", 1)[-1].strip()) from None
+
+
+def texture_source(cfg: Config, data: Images) -> Callable[[int], Callable[[Tensor], Tensor | None]]:
+    """What --texture asks for: for a period, a function of indices (N,) -> uint8 (N, 3, S, S).
+
+    Small images in memory: one texture each, from (seed, period) alone; else out of a bank on disk.
+    """
+    if cfg.texture == "none":
+        return lambda period: lambda index: None
+    try:
+        from texture import from_bank, open_bank, texture_views
+    except ImportError:
+        raise UsageError(
+            f"--texture {cfg.texture} needs texture.py beside sacl.py: fetch it, or --texture none"
+        ) from None
+    if cfg.texture_bank:
+        try:
+            bank = open_bank(cfg.texture_bank)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"--texture-bank {cfg.texture_bank} cannot be read: {error}") from None
+        if len(bank) != len(data):
+            raise UsageError(f"--texture-bank is of {len(bank)} images, not of {len(data)}")
+        return lambda period: lambda index: from_bank(bank, index).to(index.device)
+    side, in_memory = data.pixels[:1].shape[-1], isinstance(data.pixels, Tensor)
+    if not in_memory or side > (96 if torch.cuda.is_available() else 64):
+        raise UsageError(
+            f"--texture {cfg.texture} with images of {side} px needs a bank: python texture.py "
+            f"bank --dataset {cfg.dataset} --data-dir {cfg.data_dir} --out bank.npy, then "
+            "--texture-bank bank.npy; or --texture none"
+        )
+
+    def make(period: int) -> Callable[[Tensor], Tensor]:
+        began = time.perf_counter()
+        g = torch.Generator().manual_seed(cfg.seed * 1_000_003 + period)
+        made = texture_views(data.pixels, seeds=cfg.texture_seeds or None, generator=g)
+        print(f"{len(made)} textures made in {time.perf_counter() - began:.1f} s", flush=True)
+        return made.__getitem__
+
+    return make
 
 
 def epoch_order(count: int, cfg: Config, epoch: int) -> Tensor:
@@ -947,6 +1034,7 @@ def train(cfg: Config | None = None, build: Callable[[Config], nn.Module] = SACL
     steps = check_data(cfg, train_set, world)  # in an epoch
     total, warmup = cfg.epochs * steps, cfg.warmup_epochs * steps
     to_device(train_set, device)
+    textures_at = texture_source(cfg, train_set)
 
     torch.manual_seed(cfg.seed)
     raw = synchronize_bn(build(cfg)).to(device, memory_format=torch.channels_last)
@@ -959,8 +1047,12 @@ def train(cfg: Config | None = None, build: Callable[[Config], nn.Module] = SACL
     run = Run(cfg, steps, raw, optimizer, scaler, device, dtype)
     run.start(train_set, test_set)
 
+    period = -1
     while run.step < total and not run.stopping:
         epoch, done = divmod(run.step, steps)
+        if period != epoch // cfg.texture_every:
+            period = epoch // cfg.texture_every
+            texture_of = textures_at(period)
         order = epoch_order(len(train_set), cfg, epoch)[done:, rank::world]
         for index, x in fetch(train_set.pixels, order, cfg.workers, device):
             # a step draws from (seed, step, rank) alone: a resumed run needs no saved RNG state
@@ -970,7 +1062,7 @@ def train(cfg: Config | None = None, build: Callable[[Config], nn.Module] = SACL
             for group in optimizer.param_groups:
                 group["lr"] = lr
 
-            views = raw.views(x, None, index)
+            views = raw.views(x, texture_of(index), index)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 loss = model(*views)
             optimizer.zero_grad()
@@ -998,20 +1090,18 @@ def setup() -> tuple[torch.device, int, int]:
     """The device, this process's rank and the number of ranks; joins torchrun's group if any."""
     cuda = torch.cuda.is_available()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    )
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else "cpu"
+    device = torch.device(device)
     if cuda:
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
-        capability, built = torch.cuda.get_device_capability(device), torch.cuda.get_arch_list()
-        if built and not any(
-            a.split("_")[-1].rstrip("af")[:-1] == str(capability[0]) for a in built
-        ):
+        major, minor = torch.cuda.get_device_capability(device)
+        built = [int(re.sub(r"\D", "", arch)) for arch in torch.cuda.get_arch_list()]
+        if built and 10 * major + minor < min(built):
             raise UsageError(
                 f"torch {torch.__version__} has no code for {torch.cuda.get_device_name(device)} "
-                f"(compute capability {capability[0]}.{capability[1]}): choose another GPU (on "
-                "Kaggle the T4), or hide it with CUDA_VISIBLE_DEVICES="
+                f"(compute capability {major}.{minor}): choose a newer GPU (on Kaggle the T4), or "
+                "hide this one with CUDA_VISIBLE_DEVICES="
             )
     if world > 1 and not dist.is_initialized():
         # the monitor runs on rank 0 alone, and may take longer than the usual ten minutes
@@ -1089,7 +1179,7 @@ class Run:
     """
 
     # settings that may change when a run goes on: none of them changes what is learned
-    FREE = ("data_dir", "output_dir", "amp", "compile", "workers", "resume")
+    FREE = ("data_dir", "output_dir", "texture_bank", "amp", "compile", "workers", "resume")
     FREE += ("knn_every", "print_every", "max_steps", "max_hours")
 
     def __init__(self, cfg: Config, steps: int, model, optimizer, scaler, device, dtype):
@@ -1114,6 +1204,7 @@ class Run:
             self.restore(saved)
         elif self.device.type == "cpu":
             choose_threads(self.model, self.cfg, self.dtype)
+        compile_model(self.model, self.cfg, self.device, self.dtype, self.total - self.step)
         self.stopping = 0 < self.cfg.max_steps <= self.step
         if not self.writes:
             return
@@ -1208,7 +1299,8 @@ class Run:
         encoders["knn"] = self.model.encoder
         if hasattr(self.model, "target_encoder"):
             encoders["knn_target"] = self.model.target_encoder
-        return knn_monitor(encoders, self.cfg, train_set, test_set, self.device)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return knn_monitor(encoders, self.cfg, train_set, test_set, self.device)
 
     def seconds(self) -> float:
         """Wall-clock time of the run in all its sessions."""
@@ -1258,29 +1350,53 @@ class Run:
         return self.model
 
 
+def trial_step(model: nn.Module, cfg: Config, device: torch.device, dtype: torch.dtype, n: int):
+    """The seconds of a forward and a backward pass on n random images."""
+    began = time.perf_counter()
+    x = torch.randint(256, (n, 3, cfg.image_size, cfg.image_size), device=device).byte()
+    views = model.views(x, None if cfg.texture == "none" else x, torch.arange(n, device=device))
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        loss = model(*views)
+    loss.backward()
+    return time.perf_counter() - began
+
+
 def choose_threads(model: nn.Module, cfg: Config, dtype: torch.dtype) -> None:
     """Use one CPU thread or all, whichever takes a trial step faster; OMP_NUM_THREADS overrules.
 
     With a busy or shared core, two threads can be many times slower than one.
     """
-    most = torch.get_num_threads()
+    most, n = torch.get_num_threads(), min(cfg.batch_size, 16)
     if most == 1 or "OMP_NUM_THREADS" in os.environ:
         return
-    trial = copy.deepcopy(model)
-    x = torch.randint(256, (min(cfg.batch_size, 16), 3, cfg.image_size, cfg.image_size)).byte()
-
-    def seconds(threads: int) -> float:
+    trial, best = copy.deepcopy(model), {}
+    for threads in (1, 1, most, most):  # the first of each also warms up
         torch.set_num_threads(threads)
-        began = time.perf_counter()
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            loss = trial(*trial.views(x, None, torch.arange(len(x))))
-        loss.backward()
-        return time.perf_counter() - began
+        best[threads] = trial_step(trial, cfg, torch.device("cpu"), dtype, n)
+    torch.set_num_threads(min(best, key=best.get))
 
-    seconds(1)  # warms up
-    one = min(seconds(1), seconds(1))
-    if min(seconds(most), seconds(most)) > one:
-        torch.set_num_threads(1)
+
+def compile_model(model: nn.Module, cfg: Config, device: torch.device, dtype, steps: int) -> None:
+    """torch.compile the loss as one graph, where that is asked for or repays itself in `steps`.
+
+    A trial step brings the compiler's errors to light, and the model's state is put back after it.
+    """
+    gpu = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    pays = gpu and steps >= 3000 and not distributed()
+    if cfg.compile == "off" or (cfg.compile == "auto" and not pays):
+        return
+    before = copy.deepcopy(model.state_dict())
+    for block in (b for b in model.modules() if isinstance(b, Block)):
+        block.fused = isinstance(block.last_bn, nn.BatchNorm2d)  # SyncBatchNorm is another class
+    model.compile(dynamic=False, mode="reduce-overhead" if cfg.compile == "graphs" else None)
+    try:
+        n = cfg.batch_size // (dist.get_world_size() if distributed() else 1)
+        print(f"compiled in {trial_step(model, cfg, device, dtype, n):.0f} s", flush=True)
+    except Exception as error:  # Dynamo, Inductor and Triton each raise their own
+        print(f"torch.compile failed ({type(error).__name__}): going on without it", flush=True)
+        model._compiled_call_impl = None  # what nn.Module.compile sets
+    model.load_state_dict(before)
+    model.zero_grad()
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:
