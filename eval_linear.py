@@ -77,11 +77,9 @@ def evaluate(cfg: ProbeConfig) -> dict:
     encoder.eval().requires_grad_(False)
     before = copy.deepcopy(encoder.state_dict())
 
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        probe = probe_lars if cfg.probe == "lars" else probe_lbfgs
-        head, choice = probe(encoder, train_set, run, cfg, device)
-        features = sacl.embed(encoder, test_set, run, device)
-    logits = head(features).cpu()
+    probe = probe_lars if cfg.probe == "lars" else probe_lbfgs
+    head, choice = probe(encoder, train_set, run, cfg, device)
+    logits = head(sacl.embed(encoder, test_set, run, device)).cpu()
     assert_frozen(encoder, before)
     result = {
         "top1": accuracy(logits, test_set.labels, 1),
@@ -143,9 +141,9 @@ def train_heads(
                 done = (epoch * steps + step) / (cfg.epochs * steps)
                 group["lr"] = group["base"] * sacl.cosine(done, 1)
             draw = {"crop": sacl.draw_view(len(x), crop, device)["crop"]}  # no colours
-            with torch.no_grad():
+            with torch.no_grad(), sacl.autocast(device, sacl.precision(cfg, device)):
                 features = encoder(sacl.augment(x, draw, run.image_size)).float()
-            losses = [F.cross_entropy(head(features).float(), labels[index]) for head in heads]
+            losses = [F.cross_entropy(head(features), labels[index]) for head in heads]
             optimizer.zero_grad()
             sum(losses).backward()
             optimizer.step()
@@ -177,8 +175,7 @@ def probe_lbfgs(
             (loss + l2 * head.weight.square().sum()).backward()
             return loss + l2 * head.weight.square().sum()
 
-        with torch.autocast(device.type, enabled=False):
-            optimizer.step(closure)
+        optimizer.step(closure)
         return head
 
     part, held_out = (index.to(device) for index in holdout_rows(len(data), cfg.seed))
@@ -303,6 +300,7 @@ def data_settings(cfg: ProbeConfig, run: Config | None) -> Config:
         dataset=run.dataset if same else cfg.dataset,
         data_dir=cfg.data_dir or (run.data_dir if run else "data"),
         stl10_split="train",  # the labelled part
+        amp=cfg.amp,
         workers=cfg.workers,
         **kept,
     )

@@ -962,8 +962,9 @@ def embed(encoder: nn.Module, data: Images, cfg: Config, device: torch.device) -
     training = encoder.training
     encoder.eval()
     batches = torch.arange(len(data)).split(500)
-    images = (x for _, x in fetch(data.pixels, batches, cfg.workers, device))
-    features = torch.cat([encoder(plain(x, cfg.image_size)).float() for x in images])
+    with autocast(device, precision(cfg, device)):
+        images = (x for _, x in fetch(data.pixels, batches, cfg.workers, device))
+        features = torch.cat([encoder(plain(x, cfg.image_size)).float() for x in images])
     encoder.train(training)
     return features
 
@@ -1063,7 +1064,7 @@ def train(cfg: Config | None = None, build: Callable[[Config], nn.Module] = SACL
                 group["lr"] = lr
 
             views = raw.views(x, texture_of(index), index)
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            with autocast(device, dtype):
                 loss = model(*views)
             optimizer.zero_grad()
             scaler.scale(loss).backward()
@@ -1149,6 +1150,11 @@ def precision(cfg: Config, device: torch.device) -> torch.dtype:
     if cfg.amp == "bf16" and not native:
         print("--amp bf16: this hardware emulates bf16, slowly", flush=True)
     return chosen[cfg.amp]
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Networks compute in dtype, their weights stay in float32; does nothing for float32."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def check_data(cfg: Config, data: Images, world: int) -> int:
@@ -1299,8 +1305,7 @@ class Run:
         encoders["knn"] = self.model.encoder
         if hasattr(self.model, "target_encoder"):
             encoders["knn_target"] = self.model.target_encoder
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            return knn_monitor(encoders, self.cfg, train_set, test_set, self.device)
+        return knn_monitor(encoders, self.cfg, train_set, test_set, self.device)
 
     def seconds(self) -> float:
         """Wall-clock time of the run in all its sessions."""
@@ -1355,7 +1360,7 @@ def trial_step(model: nn.Module, cfg: Config, device: torch.device, dtype: torch
     began = time.perf_counter()
     x = torch.randint(256, (n, 3, cfg.image_size, cfg.image_size), device=device).byte()
     views = model.views(x, None if cfg.texture == "none" else x, torch.arange(n, device=device))
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+    with autocast(device, dtype):
         loss = model(*views)
     loss.backward()
     return time.perf_counter() - began

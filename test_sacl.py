@@ -253,6 +253,31 @@ def test_textures_leave_the_targets_running_statistics_alone():
     assert all(m.track_running_stats for m in norms)
 
 
+def test_bfloat16_changes_the_loss_by_less_than_a_hundredth():
+    model, *views = model_and_views(texture="negative")
+    full = model(*views)
+    with sacl.autocast(torch.device("cpu"), torch.bfloat16):
+        half = model(*views)
+    assert half.item() == pytest.approx(full.item(), rel=1e-2) and half.dtype == torch.float32
+
+
+def test_the_whole_loss_is_one_graph_for_the_compiler():
+    """Traced without a break, textures and all, it gives the loss and gradients of the plain one."""
+    plain, *views = model_and_views(texture="negative")
+    compiled = sacl.SACL(plain.cfg)
+    compiled.load_state_dict(plain.state_dict())
+    for block in (b for b in compiled.modules() if isinstance(b, sacl.Block)):
+        block.fused = True
+    compiled.compile(backend="aot_eager", fullgraph=True, dynamic=False)
+    losses = [model(*views) for model in (plain, compiled)]
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-5)
+    for model, loss in zip((plain, compiled), losses, strict=True):
+        loss.backward()
+    for (name, p), q in zip(plain.named_parameters(), compiled.parameters(), strict=True):
+        if p.requires_grad:
+            assert (p.grad - q.grad).norm() <= 1e-3 * p.grad.norm() + 1e-6, name
+
+
 def test_one_batch_can_be_overfitted():
     model, x1, x2, _ = model_and_views(tau=0.1)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9)
@@ -564,12 +589,14 @@ def test_knn_weighs_votes_by_similarity():
     assert sacl.knn(bank, torch.tensor([0, 1, 1]), torch.tensor([[1.0, 0.2]]), 2, k=3).item() == 0
 
 
-def test_the_monitor_does_not_touch_the_encoder(folder):
-    model = sacl.SACL(tiny(folder)).train()
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_the_monitor_does_not_touch_the_encoder(folder, amp):
+    cfg = tiny(folder, amp=amp)
+    model = sacl.SACL(cfg).train()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    train, test = (sacl.load_data(tiny(folder), split) for split in ("train", "test"))
+    train, test = (sacl.load_data(cfg, split) for split in ("train", "test"))
     encoders = {"knn": model.encoder, "pixels": nn.Flatten()}
-    figures = sacl.knn_monitor(encoders, tiny(folder), train, test, torch.device("cpu"))
+    figures = sacl.knn_monitor(encoders, cfg, train, test, torch.device("cpu"))
     assert set(figures) == set(encoders) and 0 <= figures["knn"] <= 100
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert model.encoder.training

@@ -174,8 +174,8 @@ def grow(sources, start, number, steps, windows, window, margin, eps) -> Tensor:
     centres = centres[:, margin : s - margin, margin : s - margin].flatten()  # (S,)
     table = sources.permute(0, 1, 3, 4, 2).flatten(1, 3)
     table = F.pad(table, (0, 1), value=1.0)  # (B, n s^2, C+1): a colour, and 1 for "filled"
-    # candidate j of pixel p holds ticket number[p + j], and the highest number wins: a new random
-    # ranking of the candidates for each pixel, at the price of one permutation
+    # candidate j of pixel p holds ticket number[p + j], and the highest number wins: a random ranking
+    # of the candidates for each pixel (the same in all images), at the price of one permutation
     ranking = (number + 1).to(sources.dtype).unfold(0, len(centres), 1)  # (H W + 1, S), a view
     holder = number.argsort()
 
@@ -268,11 +268,11 @@ def fill_schedule(
     require(min(out_h, out_w) >= SEED * seeds, f"{crowd} in out_size={out_h} x {out_w}")
 
     half, sequence, random = window // 2, [], np.random.default_rng(order_seed)
-    padded = np.full((out_h + 2 * half, out_w + 2 * half), -1)  # -1: not filled
+    padded = np.full((out_h + 2 * half, out_w + 2 * half), -1, np.int64)  # -1: not filled
     level = padded[half:-half, half:-half]
     # block a of k sits in the middle of the a-th k-th of its side
     y, x = ([((2 * a + 1) * d // seeds - SEED) // 2 for a in range(seeds)] for d in level.shape)
-    blocks = np.array([[i * out_w + j] for i in y for j in x]) + block(out_w)
+    blocks = np.array([[i * out_w + j] for i in y for j in x], np.int64) + block(out_w)
     level[np.divmod(blocks, out_w)] = 0
     seen = np.lib.stride_tricks.sliding_window_view(padded, (window, window))  # (H, W, w, w)
     touching = seen[..., half - 1 : half + 2, half - 1 : half + 2]
