@@ -174,8 +174,8 @@ def grow(sources, start, number, steps, windows, window, margin, eps) -> Tensor:
     centres = centres[:, margin : s - margin, margin : s - margin].flatten()  # (S,)
     table = sources.permute(0, 1, 3, 4, 2).flatten(1, 3)
     table = F.pad(table, (0, 1), value=1.0)  # (B, n s^2, C+1): a colour, and 1 for "filled"
-    # candidate j of pixel p holds ticket number[p + j], and the highest number wins: a random ranking
-    # of the candidates for each pixel (the same in all images), at the price of one permutation
+    # candidate j of pixel p holds ticket number[p + j] and the highest wins: a random ranking of
+    # the candidates for each pixel (of all images), at the price of one permutation
     ranking = (number + 1).to(sources.dtype).unfold(0, len(centres), 1)  # (H W + 1, S), a view
     holder = number.argsort()
 
