@@ -1233,6 +1233,7 @@ class Run:
                 train_set, test_set, {"pixels": nn.Flatten()} if in_memory else {}
             )
             self.log({"epoch": 0, "step": 0, **figures})
+            self.save()  # a full disk shows before anything is trained
         self.lined = time.perf_counter()
 
     def restore(self, saved: dict) -> None:
@@ -1326,7 +1327,12 @@ class Run:
     def save_if_due(self) -> None:
         """Save at the end, at a stop, and else so often that it takes at most 2 % of the time."""
         since = time.perf_counter() - self.saved
-        if not self.stopping and self.step < self.total and since < max(60, 50 * self.save_took):
+        if self.stopping or self.step == self.total or since > max(60, 50 * self.save_took):
+            self.save()
+
+    def save(self) -> None:
+        """Write the checkpoint and the backbones; tensors and plain types only."""
+        if not self.writes:
             return
         began = time.perf_counter()
         state = {
@@ -1335,13 +1341,12 @@ class Run:
             "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
         }  # fmt: skip
-        if self.writes:
-            write(self.out / "checkpoint.pth", serialize(state))
-            for name in ("encoder", "target_encoder"):
-                if hasattr(self.model, name):
-                    weights = getattr(self.model, name).state_dict()
-                    weights = serialize({k: v.cpu() for k, v in weights.items()})
-                    write(self.out / f"{name.replace('encoder', 'backbone')}.pth", weights)
+        write(self.out / "checkpoint.pth", serialize(state))
+        for name in ("encoder", "target_encoder"):
+            if hasattr(self.model, name):
+                weights = getattr(self.model, name).state_dict()
+                weights = serialize({k: v.cpu() for k, v in weights.items()})
+                write(self.out / f"{name.replace('encoder', 'backbone')}.pth", weights)
         self.saved = time.perf_counter()
         self.save_took = self.saved - began
 

@@ -374,19 +374,24 @@ def exact_products(device: torch.device):
 
 
 # ------------------------------------------------------------ 4. A bank of textures on disk
-def build_bank(images, path, *, textures=4, seed=0, device="cpu", log=print, **options) -> None:
+def build_bank(
+    images, path, *, textures=4, seed=0, device="cpu", log=print, every=10.0, **options
+) -> None:
     """Write K = `textures` textures of every image to `path`, a .npy of uint8 (N, K, C, H, W).
 
     `images`: anything of length N whose slices are uint8 (b, C, H, W), so they need not fit in
     memory. Resumes: `path`.json counts what is done, and the draws of a block of images depend on
-    (seed, its place) alone, so an interrupted bank ends up as any other. `options` go to
-    `texture_views`. ValueError names a bad argument, or says that `path` holds something else.
+    (seed, its place) alone, so an interrupted bank ends up as any other. `log` gets a line every
+    `every` seconds; `options` go to `texture_views`. ValueError names a bad argument, or says that
+    `path` holds something else.
     """
     path, note = Path(path), Path(f"{path}.json")
     require(len(images) > 0, "images are empty")
     require(is_int(textures) and textures >= 1, f"textures={textures!r} must be a positive integer")
-    shape = len(images), textures, *images[:1].shape[1:]
-    first_image = zlib.crc32(images[:1].numpy().tobytes())
+    first = images[:1].cpu()
+    require(first.dtype == torch.uint8, f"images are {first.dtype}, not uint8")
+    shape = len(images), textures, *first.shape[1:]
+    first_image = zlib.crc32(first.numpy().tobytes())
     plan = dict(shape=list(shape), seed=seed, first_image=first_image, **options)
     found = json.loads(note.read_text()) if path.exists() and note.exists() else {"done": 0}
     done = found.pop("done")
@@ -395,6 +400,7 @@ def build_bank(images, path, *, textures=4, seed=0, device="cpu", log=print, **o
         replace(note, json.dumps({**plan, "done": 0}))
     bank = np.lib.format.open_memmap(path, "r+" if found else "w+", np.uint8, shape)
     began, before, size = time.monotonic(), done, max(1, 256 // textures)
+    told = began
     for i in range(done, len(images), size):
         batch = images[i : i + size].to(device).repeat_interleave(textures, 0)
         generator = Generator().manual_seed((seed << 32) + i)
@@ -403,9 +409,11 @@ def build_bank(images, path, *, textures=4, seed=0, device="cpu", log=print, **o
         bank[i:done] = batch.cpu().numpy().reshape(-1, *shape[1:])
         bank.flush()
         replace(note, json.dumps({**plan, "done": done}))
-        rate = (done - before) / (time.monotonic() - began)
-        left = (len(images) - done) / rate / 60
-        log(f"{path}: {done} of {len(images)} images, {rate:.1f} a second, {left:.0f} min left")
+        now = time.monotonic()
+        if now - told >= every or done == len(images):
+            told, rate = now, (done - before) / (now - began)
+            left = (len(images) - done) / rate / 60
+            log(f"{path}: {done} of {len(images)} images, {rate:.1f} a second, {left:.0f} min left")
 
 
 def replace(path: Path, text: str) -> None:
@@ -429,35 +437,13 @@ def from_bank(bank: np.ndarray, rows: Tensor, generator: Generator | None = None
 
 
 # ------------------------------------------------------------ 5. Command line
-class Folder:
-    """Image files; a slice is a uint8 batch (b, 3, H, W), cut to `size` x `size` if given."""
+def load(dataset: str | None, data_dir: str, size: int | None):
+    """The images that `sacl.py --dataset` trains on, in its order; slices: uint8 (b, 3, S, S)."""
+    import sacl
 
-    def __init__(self, paths: list[Path], size: int | None):
-        self.paths, self.size = paths, size
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, some: slice) -> Tensor:
-        from PIL import Image, ImageOps
-
-        images = [Image.open(path).convert("RGB") for path in self.paths[some]]
-        if self.size:
-            images = [ImageOps.fit(image, (self.size, self.size)) for image in images]
-        sizes = {image.size for image in images}
-        require(len(sizes) == 1, f"--size is needed: the images differ, {sorted(sizes)[:4]}")
-        return torch.stack([torch.from_numpy(np.array(i)) for i in images]).permute(0, 3, 1, 2)
-
-
-def load(dataset: str | None, data_dir: str, size: int | None = None) -> Folder:
-    """The images of DATA_DIR/DATASET/train, else all below DATA_DIR/DATASET, else below DATASET."""
     require(dataset is not None, "give --dataset NAME, or IMAGE files of your own")
-    places = Path(data_dir, dataset, "train"), Path(data_dir, dataset), Path(dataset)
-    kinds = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm"}
-    for place in places:
-        if paths := sorted(p for p in place.rglob("*") if p.suffix.lower() in kinds):
-            return Folder(paths, size)
-    raise ValueError(f"--dataset {dataset}: no images below {' or '.join(map(str, places))}")
+    given = dict(dataset=dataset, data_dir=data_dir) | ({"image_size": size} if size else {})
+    return sacl.load_data(sacl.Config(**given), "train").pixels
 
 
 def picture(images: Tensor, args: argparse.Namespace) -> None:
@@ -494,9 +480,11 @@ def run(args: argparse.Namespace) -> None:
     elif args.inputs:
         from PIL import Image
 
+        import sacl
+
         options |= dict(seeds=args.seeds or 1, generator=Generator().manual_seed(args.seed))
         for path in map(Path, args.inputs):
-            sample = Folder([path], args.sample)[:1]  # (1, 3, s, s)
+            sample = sacl.Files([path], args.sample)[:1]  # (1, 3, s, s)
             texture = synthesize(sample[:, None], args.size or 128, **options)[0]
             Image.fromarray(texture.permute(1, 2, 0).numpy()).save(f"{path.stem}-texture.png")
     else:
@@ -511,7 +499,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("inputs", nargs="*", metavar="IMAGE", help="pictures of your own; or: bank")
     parser.add_argument("--dataset", help="a folder of images, or its name below --data-dir")
     parser.add_argument("--data-dir", default="data")
-    parser.add_argument("--size", type=int, help="of the textures; images are cut to it")
+    parser.add_argument("--size", type=int, help="of the textures; as sacl.py's --image-size")
     parser.add_argument("--window", type=int, default=5, help="side of the neighbourhood, odd")
     parser.add_argument("--seeds", type=int, help="k: grow from k x k blocks (the paper: 1)")
     parser.add_argument("--eps", type=float, default=0.1)
