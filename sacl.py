@@ -143,9 +143,18 @@ PRESETS = {
     "imagenet100": dict(image_size=224, epochs=100),
     "folder": dict(image_size=224),
     "shapes": dict(
-        **dict(arch="resnet18", width=16, dim=256, epochs=6, batch_size=64, knn_every=2),
-        **dict(lr=0.2, weight_decay=5e-4, m=0.98, warmup_epochs=0, m_schedule="constant"),
-    ),
+        arch="resnet18",
+        width=16,
+        dim=256,
+        m=0.98,
+        m_schedule="constant",
+        epochs=6,
+        warmup_epochs=0,
+        batch_size=64,
+        lr=0.2,
+        weight_decay=5e-4,
+        knn_every=2,
+    ),  # fmt: skip
 }
 
 
@@ -225,7 +234,7 @@ class SACL(nn.Module):
         k1, k2 = self.keys(x1), self.keys(x2)
         with batch_statistics_only(self.target_encoder, self.target_projector):
             kt = None if xt is None else self.keys(xt)
-        self.monitor = monitor(q1, k2, kt)
+        self.monitor = similarities(q1, k2, kt)
         return (self.contrast(q1, k2, k1, kt) + self.contrast(q2, k1, k2, kt)) / 2
 
     def contrast(self, q: Tensor, k: Tensor, k_same: Tensor, kt: Tensor | None) -> Tensor:
@@ -329,7 +338,7 @@ def batch_statistics_only(*nets: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def monitor(q: Tensor, k: Tensor, kt: Tensor | None) -> dict[str, Tensor]:
+def similarities(q: Tensor, k: Tensor, kt: Tensor | None) -> dict[str, Tensor]:
     """What the log shows of a step: spread of the keys, similarity to positives and to textures.
 
     The spread is the standard deviation of the unit-length keys over the batch, averaged over
@@ -627,10 +636,18 @@ def normalize(x: Tensor) -> Tensor:
     return (x - mean) / std
 
 
+def square(size: int) -> int:
+    """The side of the squares that views of `size` px are cut from: above 96 px as 224 from 256."""
+    return size if size <= 96 else round(size * 8 / 7)
+
+
 def plain(x: Tensor, size: int) -> Tensor:
     """uint8 images (N, 3, S, S) as evaluation sees them: their centre, (N, 3, size, size)."""
-    edge = (x.shape[-1] - size) // 2
-    return normalize(x[..., edge : edge + size, edge : edge + size].float() / 255)
+    x, side = x.float() / 255, square(size)
+    if x.shape[-1] != side:
+        x = F.interpolate(x, size=side, mode="bilinear", antialias=True)
+    edge = (side - size) // 2
+    return normalize(x[..., edge : edge + size, edge : edge + size])
 
 
 # ------------------------------------------------------------ 5. Data
@@ -737,8 +754,7 @@ def read_folder(folder: Path, cfg: Config) -> Images:
     if not paths:
         raise UsageError(f"{folder}: no images in it, nor in folders below it")
     labels = [i for i, found in enumerate(by_class.values()) for _ in found] or [-1] * len(paths)
-    # views of more than 96 px are cut from somewhat larger squares, as 224 from 256 is customary
-    side = cfg.image_size if cfg.image_size <= 96 else round(cfg.image_size * 8 / 7)
+    side = square(cfg.image_size)
     pixels: Tensor | Files = Files(paths, side)
     if len(paths) * 3 * side**2 <= IN_MEMORY:
         everything = torch.arange(len(paths)).split(256)

@@ -291,10 +291,12 @@ def test_one_batch_can_be_overfitted():
     assert loss < math.log(8) / 4
 
 
-def test_the_monitor_tells_collapse_from_spread():
+def test_the_spread_tells_collapse_from_health():
     q, k = torch.randn(6, 512, 64), torch.randn(512, 64)
-    assert sacl.monitor(q, k, None)["spread"].item() == pytest.approx(1, abs=0.05)
-    assert sacl.monitor(q, torch.ones(512, 64), None)["spread"].item() == pytest.approx(0, abs=1e-5)
+    assert sacl.similarities(q, k, None)["spread"].item() == pytest.approx(1, abs=0.05)
+    assert sacl.similarities(q, torch.ones(512, 64), None)["spread"].item() == pytest.approx(
+        0, abs=1e-5
+    )
 
 
 # ------------------------------------------------------------ SE-ResNet (Eq. 3-5, Fig. 6)
@@ -436,6 +438,18 @@ def test_a_full_crop_without_jitter_is_the_plain_image():
     crop = torch.tensor([[1.0, 0, 0], [0, 1, 0]]).expand(4, -1, -1)
     draw = {"crop": crop, "jitter": torch.zeros(4, 4), "grey": torch.zeros(4)}
     assert torch.allclose(sacl.augment(x, draw, 16), sacl.plain(x, 16), atol=1e-4)
+
+
+@pytest.mark.parametrize("side, size", [(32, 32), (32, 64), (96, 48), (256, 224), (96, 224)])
+def test_plain_images_have_the_size_of_views_and_keep_their_content(side, size):
+    """Centre of 8/7 of the size above 96 px, as 224 from 256; other squares are scaled first."""
+    ramp = torch.linspace(0, 255, side).byte().expand(2, 3, side, side)
+    x = sacl.plain(ramp, size)
+    assert x.shape == (2, 3, size, size)
+    row = x[0, 0, 0] * sacl.STD[0] + sacl.MEAN[0]
+    inset = 0 if size <= 96 else 1 / 16
+    assert row[0].item() == pytest.approx(inset, abs=0.02)
+    assert row[-1].item() == pytest.approx(1 - inset, abs=0.02)
 
 
 def test_a_crop_shows_the_rectangle_that_was_drawn():
