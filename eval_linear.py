@@ -3,6 +3,7 @@
     python eval_linear.py runs/cifar100                       the online encoder of a run
     python eval_linear.py runs/cifar100 --encoder target --lr-sweep
     python eval_linear.py some/backbone.pth --dataset cifar10 --probe lbfgs
+    python eval_linear.py runs/cifar100 --shifts              also on shifted test images
 
 The encoder is in eval mode, and its tensors are compared with a copy at the end. Training images
 are cropped and flipped, test images are plain. What is reported is the last epoch's accuracy on the
@@ -15,6 +16,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Literal
 
 import torch
@@ -44,6 +46,8 @@ class ProbeConfig:
     trust: float = 0.001  # LARS's trust coefficient
     crop_min: float = 0.08  # ours: least share of the image's area in a training crop
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # precision of the frozen encoder
+    shifts: bool = False  # ours: also test on shifted images (bench/shifts.py says which)
+    conflict: str = ""  # with --shifts: a folder of images named <shape>-<texture>
     workers: int = -1  # processes that decode image files
     seed: int = 0
 
@@ -62,6 +66,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def evaluate(cfg: ProbeConfig) -> dict:
     """Train and test the probe; returns what it writes beside the run as linear-<...>.json."""
+    shifts = import_shifts(cfg)
     device, _, _ = sacl.setup()
     dtype = sacl.precision(cfg, device)
     encoder, run = load_encoder(cfg)
@@ -71,6 +76,7 @@ def evaluate(cfg: ProbeConfig) -> dict:
         raise UsageError(f"--dataset {run.dataset}: the probe needs labelled train and test images")
     for data in (train_set, test_set):
         sacl.to_device(data, device)
+    conflicts = shifts.conflicts(run, train_set.classes, cfg.conflict) if shifts else {}
     encoder.to(device, memory_format=torch.channels_last)
     if cfg.recalibrate_bn:
         recalibrate_bn(encoder, train_set, run, device)
@@ -80,11 +86,15 @@ def evaluate(cfg: ProbeConfig) -> dict:
     probe = probe_lars if cfg.probe == "lars" else probe_lbfgs
     head, choice = probe(encoder, train_set, run, cfg, device)
     logits = head(sacl.embed(encoder, test_set, run, device)).cpu()
+    seed, shifted = cfg.seed, {}
+    if shifts:
+        shifted["shifts"] = shifts.measure(encoder, head, test_set, conflicts, run, seed, device)
     assert_frozen(encoder, before)
     result = {
         "top1": accuracy(logits, test_set.labels, 1),
         "top5": accuracy(logits, test_set.labels, 5),
         **choice,
+        **shifted,
         "train_images": len(train_set),
         "test_images": len(test_set),
         "settings": dataclasses.asdict(cfg) | {"dataset": run.dataset},
@@ -242,6 +252,21 @@ def holdout_rows(count: int, seed: int) -> tuple[Tensor, Tensor]:
 def holdout(data: Images, seed: int) -> tuple[Images, Images]:
     """The same two parts as data."""
     return tuple(sacl.subset(data, rows) for rows in holdout_rows(len(data), seed))
+
+
+def import_shifts(cfg: ProbeConfig) -> ModuleType | None:
+    """bench/shifts.py, where --shifts asks for it; before anything is trained."""
+    if not cfg.shifts:
+        if cfg.conflict:
+            raise UsageError(f"--conflict {cfg.conflict} is only read with --shifts: add it")
+        return None
+    try:
+        from bench import shifts
+    except ImportError:
+        raise UsageError(
+            "--shifts needs bench/shifts.py and texture.py beside eval_linear.py: fetch them"
+        ) from None
+    return shifts
 
 
 # ------------------------------------------------------------ the encoder

@@ -1,0 +1,257 @@
+"""What the frozen, already trained probe still sees on shifted test images.
+
+    python eval_linear.py RUN --shifts [--conflict FOLDER]
+
+texture      texture.py's synthesis from two patches of the image: its texture without its shape
+shuffle_2x2  the image's 2 x 2 or 4 x 4 patches in a random order (of its own for every image):
+shuffle_4x4  all the texture, the layout broken
+low_pass     a Gaussian blur of 1/16 of the side (2 px of 32): the layout without the texture
+silhouette   low-passed luma cut at Otsu's threshold into a black object on a white ground, ground
+             being what most of the border is: crude, without weights, and wrong for many photos
+corruptions  Gaussian noise, blur, contrast, brightness, pixelation and JPEG-like quantisation at
+             five severities. Our own code and amounts: these are NOT the figures of CIFAR-C
+conflict     images with one class's shape and another's texture: how often each of the two is
+             named, and shape_share = shape / (shape + texture) (Geirhos et al., ICLR 2019)
+
+Everything is uint8 (N, 3, S, S) -> uint8 (N, 3, S, S). What is random depends on the seed, the
+shift's name and the image's place in the test set alone.
+"""
+
+import math
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Generator, Tensor, nn
+
+import sacl
+from texture import texture_views
+
+# severities 0 (the plain image) to 5; lengths in pixels of an image of 32, steps in 1/255
+AMOUNTS = {
+    "noise": (0, 0.02, 0.04, 0.07, 0.11, 0.16),  # standard deviation
+    "blur": (0, 0.4, 0.6, 0.9, 1.3, 1.8),  # sigma
+    "contrast": (1, 0.7, 0.5, 0.35, 0.22, 0.12),  # what is left of it
+    "brightness": (0, 0.08, 0.16, 0.25, 0.35, 0.45),  # added
+    "pixelate": (32, 24, 18, 14, 10, 7),  # pixels a side
+    "jpeg": (0, 4, 8, 14, 22, 34),  # quantisation step of the lowest frequency
+}
+
+
+# ------------------------------------------------------------ the figures
+
+
+def measure(
+    encoder: nn.Module,
+    head: nn.Module,
+    data: sacl.Images,
+    conflicts: dict[str, sacl.Images],
+    run: sacl.Config,
+    seed: int,
+    device: torch.device,
+) -> dict:
+    """Top-1 on every shift of the test images, and the shares of cues on the conflict images."""
+
+    @torch.no_grad()
+    def classify(x: Tensor) -> Tensor:
+        with sacl.autocast(device, sacl.precision(run, device)):
+            features = encoder(sacl.normalize(as_floats(x))).float()
+        return head(features).argmax(1).cpu()
+
+    right: dict[str, int] = {}
+    for index, x in sacl.fetch(data.pixels, in_batches(data), run.workers, device):
+        labels = data.labels[index.cpu()]
+        for name, shifted in shifts_of(as_evaluated(x, run.image_size), seed, int(index[0])):
+            right[name] = right.get(name, 0) + (classify(shifted) == labels).sum().item()
+    top1 = {name: round(100 * hits / len(data), 2) for name, hits in right.items()}
+    if "texture" not in top1:
+        print(f"no texture shift: images of {run.image_size} px take too long here", flush=True)
+    levels = {name: [top1.pop(f"{name} {s}") for s in range(1, 6)] for name in AMOUNTS}
+    mean = sum(map(sum, levels.values())) / (5 * len(levels))
+    result = {**top1, "corruption_mean": round(mean, 2), "corruptions": levels}
+    for name, images in conflicts.items():
+        loader = sacl.fetch(images.pixels, in_batches(images), run.workers, device)
+        named = torch.cat([classify(as_evaluated(x, run.image_size)) for _, x in loader])
+        result[name] = cue_shares(named, images)
+    for name, figure in result.items():
+        print(f"  {name} {figure}", flush=True)
+    return result
+
+
+def in_batches(data: sacl.Images) -> tuple[Tensor, ...]:
+    return torch.arange(len(data)).split(500)
+
+
+def shifts_of(x: Tensor, seed: int, first: int) -> Iterator[tuple[str, Tensor]]:
+    """Names and shifted images of a batch whose first image stands at place `first`."""
+
+    def generator(name: str) -> Generator:
+        return Generator().manual_seed(zlib.crc32(f"{seed} {name} {first}".encode()))
+
+    yield "plain", x
+    side = x.shape[-1]
+    if side <= (96 if x.device.type == "cuda" else 64):
+        yield "texture", texture_views(x, generator=generator("texture"))
+    for n in (2, 4):
+        if side % n == 0:
+            yield f"shuffle_{n}x{n}", shuffle_patches(x, n, generator(f"shuffle {n}"))
+    yield "low_pass", as_bytes(blur(as_floats(x), side / 16))
+    yield "silhouette", silhouette(x)
+    for name in AMOUNTS:
+        for severity in range(1, 6):
+            key = f"{name} {severity}"
+            yield key, corrupt(x, name, severity, generator(key))
+
+
+def cue_shares(named: Tensor, data: sacl.Images) -> dict:
+    """How often the class of the shape, and of the texture, was named, (N,), in per cent."""
+    k = len(data.classes)
+    shape, texture = named == data.labels // k, named == data.labels % k
+    either = shape | texture
+    share = sacl.percent(shape[either]) if either.any() else None
+    figures = {"shape": sacl.percent(shape), "texture": sacl.percent(texture)}
+    return {**figures, "shape_share": share, "images": len(data)}
+
+
+def conflicts(run: sacl.Config, classes: list[str], folder: str) -> dict[str, sacl.Images]:
+    """Cue-conflict images, embedded or of a folder; of K classes a label is shape * K + texture."""
+    found = {"conflict": sacl.load_data(run, "conflict")} if run.dataset == "shapes" else {}
+    return found | ({"conflict_folder": read_conflict(folder, classes, run)} if folder else {})
+
+
+def read_conflict(folder: str, classes: list[str], run: sacl.Config) -> sacl.Images:
+    """Images whose file name, or folder, reads <shape>-<texture>, two of the dataset's classes."""
+    kinds = torchvision.datasets.folder.IMG_EXTENSIONS
+    paths = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in kinds)
+    cues = {p: found for p in paths if (found := cues_of(p, classes))}
+    if not cues:
+        raise sacl.UsageError(
+            f"--conflict {folder}: none of its {len(paths)} images is named <shape>-<texture>, as "
+            f"cat1-truck2.png or cat-truck/1.png, after classes of the dataset ({classes[0]}, ...)"
+        )
+    if len(cues) < len(paths):
+        print(f"--conflict: {len(paths) - len(cues)} of {len(paths)} images left out: not named "
+              "after two different classes of the dataset", flush=True)  # fmt: skip
+    labels = [shape * len(classes) + texture for shape, texture in cues.values()]
+    return sacl.Images(
+        sacl.Files(list(cues), sacl.square(run.image_size)), torch.tensor(labels), classes
+    )
+
+
+def cues_of(path: Path, classes: list[str]) -> tuple[int, int] | None:
+    """Shape and texture class by the file's name, else its folder's; None: no two such classes.
+
+    Numbers after a class's name are skipped, and classes may have hyphens in theirs.
+    """
+    for text in (path.stem, path.parent.name):
+        words = text.split("-")
+        for i in range(1, len(words)):
+            pair = ["-".join(words[:i]), "-".join(words[i:])]
+            pair = [name if name in classes else re.sub(r"\d+$", "", name) for name in pair]
+            if set(pair) <= set(classes) and pair[0] != pair[1]:
+                return classes.index(pair[0]), classes.index(pair[1])
+    return None
+
+
+# ------------------------------------------------------------ the shifts
+
+
+def shuffle_patches(x: Tensor, n: int, generator: Generator) -> Tensor:
+    """The n x n patches of each image in a random order; n = 1 is the image."""
+    patches = sacl.split(x, n).transpose(0, 1)  # (N, n n, 3, h, w)
+    order = torch.rand(len(x), n * n, generator=generator).argsort(1).to(x.device)
+    patches = patches[torch.arange(len(x), device=x.device)[:, None], order]
+    patches = patches.unflatten(1, (n, n)).permute(0, 3, 1, 4, 2, 5)  # (N, 3, n, h, n, w)
+    return patches.flatten(4, 5).flatten(2, 3)
+
+
+def silhouette(x: Tensor) -> Tensor:
+    """Black where luma, low-passed and cut by Otsu's threshold, is not as most of the border."""
+    grey = as_bytes(blur(sacl.luma(as_floats(x)), x.shape[-1] / 32)).flatten(1).long()  # (N, S S)
+    count = torch.zeros(len(x), 256, device=x.device)
+    count.scatter_add_(1, grey, torch.ones_like(grey, dtype=torch.float32))
+    level = torch.arange(256.0, device=x.device)
+    below, total = count.cumsum(1), (count * level).cumsum(1)  # pixels up to each level, their sum
+    mean = total[:, -1:] / below[:, -1:]
+    # Otsu 1979: the variance between the two classes, up to a factor
+    between = (mean * below - total).square() / (below * (below[:, -1:] - below)).clamp(min=1)
+    bright = (grey > between.argmax(1, keepdim=True)).view_as(x[:, 0])
+    border = torch.cat([bright[:, 0], bright[:, -1], bright[:, :, 0], bright[:, :, -1]], 1)
+    ground = bright == (border.float().mean(1) > 0.5)[:, None, None]
+    return (ground * 255).byte()[:, None].expand_as(x).contiguous()
+
+
+def corrupt(x: Tensor, name: str, severity: int, generator: Generator) -> Tensor:
+    """One of AMOUNTS; severity 0 leaves the image as it is."""
+    amount, side, x = AMOUNTS[name][severity], x.shape[-1], as_floats(x)
+    match name:
+        case "noise":
+            x = x + amount * torch.randn(x.shape, generator=generator).to(x.device)
+        case "blur":
+            x = blur(x, amount * side / 32)
+        case "contrast":
+            mean = sacl.luma(x).mean((2, 3), keepdim=True)
+            x = mean + amount * (x - mean)
+        case "brightness":
+            x = x + amount
+        case "pixelate":
+            fewer = max(1, round(amount * side / 32))
+            x = F.interpolate(x, size=fewer, mode="bilinear", antialias=True)
+            x = F.interpolate(x, size=side, mode="nearest-exact")
+        case "jpeg":
+            x = quantise(x, amount / 255)
+    return as_bytes(x)
+
+
+def blur(x: Tensor, sigma: float) -> Tensor:
+    """Gaussian blur of (N, C, S, S) with mirrored edges; sigma in pixels, 0 is none."""
+    reach = min(math.ceil(3 * sigma), x.shape[-1] - 1)
+    at = torch.arange(-reach, reach + 1.0, device=x.device)
+    weight = torch.exp(-(at**2) / (2 * max(sigma, 1e-3) ** 2))
+    weight = weight / weight.sum()
+    for shape in ((1, 1, -1, 1), (1, 1, 1, -1)):
+        pad = (0, 0, reach, reach) if shape[2] < 0 else (reach, reach, 0, 0)
+        kernel = weight.view(shape).expand(x.shape[1], -1, -1, -1)
+        x = F.conv2d(F.pad(x, pad, mode="reflect"), kernel, groups=x.shape[1])
+    return x
+
+
+def quantise(x: Tensor, step: float) -> Tensor:
+    """JPEG's loss without its coder: 8 x 8 cosine transforms of YCbCr, rounded to multiples.
+
+    ours: of (1 + u + v) step at frequency (u, v), alike for luma and chroma, not halved in size.
+    """
+    side, k = x.shape[-1], torch.arange(8.0, device=x.device)
+    x = F.pad(x, (0, -side % 8, 0, -side % 8), mode="replicate")
+    y = sacl.luma(x)
+    x = torch.cat([y, (x[:, 2:] - y) / 1.772, (x[:, :1] - y) / 1.402], 1)  # Y, Cb, Cr
+    dct = (math.pi / 8 * k[:, None] * (k + 0.5)).cos() / 2
+    dct[0] /= 2**0.5  # orthonormal
+    blocks = x.unfold(2, 8, 8).unfold(3, 8, 8)  # (N, 3, rows, columns, 8, 8)
+    steps = ((1 + k + k[:, None]) * step).clamp(min=1e-6)
+    coefficients = (dct @ blocks @ dct.T / steps).round() * steps
+    x = (dct.T @ coefficients @ dct).transpose(3, 4).flatten(4, 5).flatten(2, 3)
+    y, cb, cr = x[:, :1], x[:, 1:2], x[:, 2:]
+    r, b = y + 1.402 * cr, y + 1.772 * cb
+    return torch.cat([r, (y - 0.299 * r - 0.114 * b) / 0.587, b], 1)[..., :side, :side]
+
+
+def as_evaluated(x: Tensor, size: int) -> Tensor:
+    """What sacl.plain shows of uint8 images, before it normalises: (N, 3, size, size), uint8."""
+    side = sacl.square(size)
+    if x.shape[-1] != side:
+        x = as_bytes(F.interpolate(as_floats(x), size=side, mode="bilinear", antialias=True))
+    edge = (side - size) // 2
+    return x[..., edge : edge + size, edge : edge + size]
+
+
+def as_floats(x: Tensor) -> Tensor:
+    return x.float() / 255
+
+
+def as_bytes(x: Tensor) -> Tensor:
+    return (x.clamp(0, 1) * 255).round().byte()

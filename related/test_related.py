@@ -1,0 +1,769 @@
+"""What the systems around SACL are claimed to compute, on toy sizes, on the CPU.
+
+python -m pytest related
+"""
+
+import contextlib
+import functools
+import io
+import itertools
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from torchvision.transforms import functional as TF
+
+import sacl
+from related import baselines, compare, harl, mining
+from related.baselines import BYOL, PIRL, MoCoV2, SimCLR, SimSiam
+from related.harl import HARL
+from related.mining import PotentialSamples
+from related.multi_network import MultiNetwork
+from sacl import Config, UsageError
+
+ROOT = Path(__file__).resolve().parents[1]
+IMAGES = 48  # in the training set of `folder`
+
+# each system as small as it goes, with everything that it has
+SYSTEMS = {
+    "simclr": SimCLR,
+    "mocov2": functools.partial(MoCoV2, queue=40, bn_groups=2),
+    "byol": BYOL,
+    "simsiam": SimSiam,
+    "pirl": functools.partial(PIRL, images=IMAGES, dim=8, negatives=20),
+    "mining": functools.partial(PotentialSamples, images=IMAGES, queue=40, keep=12, ramp=0.5),
+    "multi-network": functools.partial(MultiNetwork, bank=40),
+    "harl": functools.partial(HARL, masks=torch.ones(IMAGES, 16, 16)),
+    "harl-nce": functools.partial(HARL, masks=torch.ones(IMAGES, 16, 16), objective="nce"),
+}
+every_system = pytest.mark.parametrize("name", SYSTEMS)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A dataset of 48 + 24 small PNGs in two classes, dark and bright."""
+    root = tmp_path_factory.mktemp("images")
+    g = torch.Generator().manual_seed(0)
+    for split, count in (("train", IMAGES // 2), ("test", 12)):
+        for label, level in (("bright", 160), ("dark", 40)):
+            (root / split / label).mkdir(parents=True)
+            for i in range(count):
+                x = (torch.rand(3, 16, 16, generator=g) * 60 + level).byte()
+                TF.to_pil_image(x).save(root / split / label / f"{i}.png")
+    return root
+
+
+def tiny(folder=None, **given):
+    """Settings of a run that takes a second."""
+    small = dict(arch="resnet18", width=4, dim=16, image_size=16, batch_size=16, epochs=2)
+    small |= dict(print_every=1, knn_every=0, amp="off", workers=0, texture="none")
+    return Config(**{"dataset": str(folder) if folder else "shapes", **small, **given})
+
+
+def system(name, **given):
+    """A system and views of eight images; every residual branch takes part."""
+    torch.manual_seed(0)
+    model = SYSTEMS[name](tiny(**given))
+    for block in (b for b in model.modules() if isinstance(b, sacl.Block)):
+        nn.init.ones_(block.last_bn.weight)
+    x = torch.randint(256, (8, 3, 16, 16)).byte()
+    if name.startswith("harl"):
+        model.masks[:8, :, 8:] = 0  # the left half is the foreground
+    return model, model.views(x, None, torch.arange(8))
+
+
+def rows(*shape):
+    return torch.randn(*shape, dtype=torch.double)
+
+
+def cos(a, b):
+    return (a @ b / a.norm() / b.norm()).item()
+
+
+def row_nce(positive, negatives, tau):
+    """-log of the positive's share, from cosines."""
+    terms = [math.exp(s / tau) for s in negatives]
+    return -math.log(math.exp(positive / tau) / (math.exp(positive / tau) + sum(terms)))
+
+
+def mean(values):
+    values = list(values)
+    return sum(values) / len(values)
+
+
+# ------------------------------------------------------------ every system
+
+
+@every_system
+def test_gradients_reach_every_online_tensor_and_no_target(name):
+    model, views = system(name)
+    model(*views).backward()
+    for key, p in model.named_parameters():
+        if key.startswith("target_"):
+            assert p.grad is None, key
+        else:
+            assert p.grad.abs().sum() > 0, key
+
+
+@every_system
+def test_a_toy_batch_is_overfitted(name):
+    """The loss falls by at least half of the way from its start to its floor."""
+    model, views = system(name, tau=0.1)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, 0.05 / getattr(model, "a", 1), 0.9)
+    if name == "mocov2":  # the last step's keys, so that one negative is like the positive
+        model.queue = model.queue[:8]
+    losses = []
+    for _ in range(50):
+        optimizer.zero_grad()
+        loss = model(*views)
+        loss.backward()
+        optimizer.step()
+        model.update_target(0.5)
+        losses.append(loss.item())
+    floor = {"simsiam": -1, "mocov2": math.log(2)}.get(name, 0)
+    first, last = mean(losses[:3]) - floor, mean(losses[-3:]) - floor
+    assert last < first / 2, losses
+    assert model.monitor["spread"] > 0.3  # and not by giving all images one embedding
+
+
+@every_system
+def test_a_run_goes_on_bit_for_bit_with_its_queue_or_bank(name, folder, tmp_path):
+    """Stopped in the middle of an epoch and again at its end."""
+    build = SYSTEMS[name]
+    whole = sacl.train(tiny(folder, output_dir=str(tmp_path / "a")), build)
+    for stop in (2, 3, 0):
+        parts = sacl.train(tiny(folder, output_dir=str(tmp_path / "b"), max_steps=stop), build)
+    assert whole.updates == 6
+    for (key, a), b in zip(whole.state_dict().items(), parts.state_dict().values(), strict=True):
+        assert torch.equal(a, b), key
+    torch.manual_seed(0)  # as the run began
+    for key, start in build(tiny()).named_buffers():
+        assert key not in ("queue", "bank") or not torch.equal(whole.state_dict()[key], start)
+
+
+@every_system
+def test_bfloat16_changes_the_loss_by_little(name):
+    """Similarities and logits are computed in float32; another neighbour may be the nearest."""
+    losses = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model, views = system(name)
+        torch.manual_seed(1)  # the same rows of a bank, the same order of keys
+        with sacl.autocast(torch.device("cpu"), dtype):
+            losses.append(model(*views))
+    assert losses[1].dtype == torch.float32
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=5e-2, abs=5e-2)
+
+
+@every_system
+def test_all_systems_start_from_the_encoder_that_sacl_starts_from(name):
+    torch.manual_seed(0)
+    ours = sacl.SACL(tiny()).encoder.state_dict()
+    torch.manual_seed(0)
+    theirs = SYSTEMS[name](tiny()).encoder.state_dict()
+    assert all(torch.equal(v, theirs[k]) for k, v in ours.items())
+
+
+@every_system
+def test_textures_and_several_processes_are_refused(name, monkeypatch):
+    with pytest.raises(UsageError, match="--texture negative"):
+        SYSTEMS[name](tiny(texture="negative"))
+    monkeypatch.setattr(sacl, "distributed", lambda: True)
+    with pytest.raises(UsageError, match="one process"):
+        SYSTEMS[name](tiny())
+
+
+@pytest.mark.parametrize("name", ["mocov2", "byol", "mining", "multi-network", "harl"])
+def test_the_target_follows_by_the_moving_average(name):
+    model, _ = system(name)
+    before = model.target_projector[0].weight.clone()
+    nn.init.ones_(model.projector[0].weight)
+    model.update_target(0.75)
+    moved = 0.75 * before + 0.25
+    assert torch.allclose(model.target_projector[0].weight, moved, atol=1e-6)
+
+
+# ------------------------------------------------------------ the baselines
+
+
+def test_nt_xent_equals_its_loop_over_2n_anchors_and_2n_minus_2_negatives():
+    a, b = rows(2, 5, 7)
+    z = [*a, *b]
+    expected = mean(
+        row_nce(
+            cos(z[i], z[(i + 5) % 10]),
+            [cos(z[i], z[j]) for j in range(10) if j not in (i, (i + 5) % 10)],
+            0.3,
+        )
+        for i in range(10)
+    )
+    assert baselines.nt_xent(a, b, 0.3).item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_simclr_sends_gradients_through_both_views():
+    model, (x1, x2) = system("simclr", tau=0.5)
+    z1, z2 = model.project(x1), model.project(x2)
+    expected = baselines.nt_xent(z1, z2, 0.5)
+    assert torch.allclose(model(x1, x2), expected)
+    assert all(g.abs().sum() > 0 for g in torch.autograd.grad(expected, (z1, z2)))
+    assert not hasattr(model, "target_encoder") and not hasattr(model, "predictor")
+
+
+def test_memory_nce_equals_its_loop_and_leaves_out_what_is_hidden():
+    q, k, memory = rows(4, 6), rows(4, 6), sacl.unit(rows(9, 6))
+    hidden = torch.rand(4, 9) < 0.3
+    for mask in (None, hidden):
+        expected = mean(
+            row_nce(
+                cos(q[i], k[i]),
+                [cos(q[i], memory[j]) for j in range(9) if mask is None or not mask[i, j]],
+                0.2,
+            )
+            for i in range(4)
+        )
+        loss = baselines.memory_nce(q, k, memory, 0.2, mask)
+        assert loss.item() == pytest.approx(expected, abs=1e-12)
+    assert hidden.any()
+
+
+def test_a_queue_is_first_in_first_out_and_of_unit_length():
+    queue = baselines.empty_memory(5, 3)
+    start, (a, b) = queue.clone(), torch.randn(2, 2, 3)
+    queue = baselines.push(baselines.push(queue, a), b)
+    assert torch.equal(queue, torch.cat([sacl.unit(b), sacl.unit(a), start[:1]]))
+    assert torch.allclose(queue.norm(dim=1), torch.ones(5))
+
+
+def test_moco_contrasts_each_query_with_its_key_and_the_queue_before_it_grows():
+    model, (x1, x2) = system("mocov2")
+    queue = model.queue.clone()
+    torch.manual_seed(1)
+    loss = model(x1, x2)
+    torch.manual_seed(1)
+    k = model.keys(x2)
+    q = torch.cat([model.project(part) for part in x1.split(4)])  # two groups of four
+    expected = mean(
+        row_nce(cos(q[i], k[i]), [cos(q[i], other) for other in queue], 0.2) for i in range(8)
+    )
+    assert loss.item() == pytest.approx(expected, abs=1e-5)
+    assert torch.allclose(model.queue[:8], sacl.unit(k)) and torch.equal(
+        model.queue[8:], queue[:-8]
+    )
+
+
+def test_mocos_keys_come_back_in_order_but_are_normalised_among_others():
+    model, (x1, _) = system("mocov2")
+    ordered = torch.cat([model.target_projector(model.target_encoder(g)) for g in x1.split(4)])
+    assert not torch.allclose(model.keys(x1), ordered, atol=1e-3)  # other groups
+    model.eval()  # without batch statistics only the order could differ
+    assert torch.allclose(
+        model.keys(x1), model.target_projector(model.target_encoder(x1)), atol=1e-5
+    )
+
+
+def test_moco_refuses_a_batch_that_its_groups_cannot_share():
+    with pytest.raises(UsageError, match="--batch-size 18"):
+        MoCoV2(tiny(batch_size=18))
+
+
+@pytest.mark.parametrize("name, factor, constant", [("byol", -2, 2), ("simsiam", -1, 0)])
+def test_byol_and_simsiam_are_the_mean_cosine_both_ways(name, factor, constant):
+    model, (x1, x2) = system(name)
+    keys = model.keys if name == "byol" else model.project
+    p, k = [model.predict(x) for x in (x1, x2)], [keys(x) for x in (x1, x2)]
+    ways = [cos(p[v][i], k[1 - v][i]) for v in range(2) for i in range(8)]
+    assert model(x1, x2).item() == pytest.approx(constant + factor * mean(ways), abs=1e-5)
+
+
+def test_simsiam_stops_the_gradient_at_the_projections():
+    """With the predictor blocked, nothing is left to train the encoder."""
+    model, views = system("simsiam")
+    nn.init.zeros_(model.predictor[0].weight)
+    model(*views).backward()
+    assert all(p.grad.abs().max() == 0 for p in model.projector.parameters())
+
+
+def test_pirl_is_the_weighted_nce_of_image_and_jigsaw_against_the_bank():
+    model, (x1, cells, index) = system("pirl", tau=0.07)
+    model.lam, bank = 0.3, model.bank.clone()
+    torch.manual_seed(1)
+    loss = model(x1, cells, index)
+    torch.manual_seed(1)
+    drawn = torch.randint(IMAGES, (20,)).tolist()
+    v = model.image_head(model.encoder(x1))
+    h = model.cell_head(model.encoder(torch.cat(list(cells)))).split(8)
+    jigsaw = model.jigsaw_head(torch.cat(h, 1))
+    losses = [
+        mean(
+            row_nce(cos(e[i], bank[index[i]]), [cos(e[i], bank[j]) for j in drawn if j != i], 0.07)
+            for i in range(8)
+        )
+        for e in (jigsaw, v)
+    ]
+    assert loss.item() == pytest.approx(0.3 * losses[0] + 0.7 * losses[1], abs=1e-4)
+    expected = sacl.unit(0.5 * bank[:8] + 0.5 * sacl.unit(v))
+    assert torch.allclose(model.bank[:8], expected, atol=1e-6)
+    assert torch.equal(model.bank[8:], bank[8:])  # other images' memories stay
+
+
+def test_a_jigsaw_has_each_images_own_cells_in_an_order_of_its_own():
+    cells = torch.arange(4 * 50.0).view(4, 50, 1, 1, 1).expand(-1, -1, 3, 2, 2)
+    shuffled = baselines.shuffle(cells)[:, :, 0, 0, 0]
+    assert torch.equal(shuffled.sort(0).values, cells[:, :, 0, 0, 0])
+    orders = {tuple((column // 50).int().tolist()) for column in shuffled.T}
+    assert len(orders) > 10  # of 24
+
+
+# ------------------------------------------------------------ 002: potential samples
+
+
+@pytest.mark.parametrize("weighting", mining.WEIGHTINGS)
+def test_mined_positives_are_the_nearest_of_the_queue_and_weighed_as_said(weighting):
+    k, queue = sacl.unit(rows(4, 6)), sacl.unit(rows(30, 6))
+    found, weights = mining.mine(k, queue, 5, weighting)
+    for i in range(4):
+        order = sorted(range(30), key=lambda j: -cos(k[i], queue[j]))[:5]
+        assert found[i].tolist() == order
+        e = [math.exp(cos(k[i], queue[j]) / 0.1) for j in order]
+        soft = [x / sum(e) for x in e]
+        gate = [float(w >= 1 / 5) for w in soft]
+        hard, both = [g / sum(gate) for g in gate], [w * g for w, g in zip(soft, gate, strict=True)]
+        expected = {"soft": soft, "hard": hard, "both": both}[weighting]
+        assert weights[i].tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("offset", [0.0, -0.3])
+def test_kept_negatives_are_those_next_to_the_positive(offset):
+    """The too hard, far above it, go as well as the too easy, far below."""
+    negative = torch.linspace(-1, 0.99, 200).repeat(3, 1)
+    positive = torch.tensor([[0.103], [0.503], [-2]])
+    kept = mining.potential(negative, positive, 20, offset)
+    for row, s in zip(kept, (0.103, 0.503, -2), strict=True):
+        expected = sorted(negative[0].tolist(), key=lambda n: abs(n - s - offset))[:20]
+        assert sorted(row.tolist()) == pytest.approx(sorted(expected))
+
+
+def test_without_mined_positives_and_selection_it_is_info_nce_of_batch_and_queue():
+    """lam = 0 and every negative kept; the mined rows are still no negatives."""
+    model, _ = system("mining")
+    model.lam, model.keep = 0, 10_000
+    p, k, queue = torch.randn(8, 16), torch.randn(8, 16), model.queue
+    expected = []
+    for i in range(8):
+        mined = sorted(range(40), key=lambda j, i=i: -cos(k[i], queue[j]))[:5]
+        negatives = [cos(p[i], k[j]) for j in range(8) if j != i]
+        negatives += [cos(p[i], queue[j]) for j in range(40) if j not in mined]
+        expected.append(row_nce(cos(p[i], k[i]), negatives, 0.2))
+    assert model.contrast(p, k).item() == pytest.approx(mean(expected), abs=1e-5)
+
+
+def test_mined_positives_join_the_own_view_by_their_weights():
+    model, _ = system("mining")
+    model.keep, model.weighting, model.lam = 10_000, "soft", 0.5
+    model.updates += model.total  # the ramp is over
+    p, k, queue = torch.randn(8, 16), torch.randn(8, 16), model.queue
+    expected = []
+    for i in range(8):
+        mined, weights = (
+            t[0].tolist() for t in mining.mine(sacl.unit(k[i : i + 1]), queue, 5, "soft")
+        )
+        negatives = [cos(p[i], k[j]) for j in range(8) if j != i]
+        negatives += [cos(p[i], queue[j]) for j in range(40) if j not in mined]
+        own = row_nce(cos(p[i], k[i]), negatives, 0.2)
+        others = [row_nce(cos(p[i], queue[j]), negatives, 0.2) for j in mined]
+        total = own + 0.5 * sum(w * x for w, x in zip(weights, others, strict=True))
+        expected.append(total / (1 + 0.5 * sum(weights)))
+    assert model.contrast(p, k).item() == pytest.approx(mean(expected), abs=1e-5)
+
+
+def test_mined_positives_come_in_over_the_ramp():
+    model, _ = system("mining")
+    model.weighting, p, k = "soft", torch.randn(8, 16), torch.randn(8, 16)
+    losses = []
+    for lam, updates in ((0, 6), (1, 0), (0.5, 6), (1, 1.5), (1, 3), (1, 6)):
+        model.lam, model.updates = lam, torch.tensor(updates)  # of 6, and a ramp of a half
+        losses.append(model.contrast(p, k).item())
+    assert losses[0] == pytest.approx(losses[1]) and losses[2] == pytest.approx(losses[3])
+    assert losses[4] == pytest.approx(losses[5]) != pytest.approx(losses[0], abs=1e-3)
+
+
+def test_without_the_number_of_images_there_is_no_ramp():
+    assert PotentialSamples(tiny()).progress() == 1
+
+
+def test_an_unknown_weighting_is_refused():
+    with pytest.raises(UsageError, match="--weighting mild"):
+        PotentialSamples(tiny(), weighting="mild")
+
+
+# ------------------------------------------------------------ 003: global and local
+
+
+def test_the_three_networks_loss_equals_its_formula_written_as_loops():
+    model, (x1, x2, x3) = system("multi-network", tau=0.7)
+    p1, p2, p3 = (model.predict(x) for x in (x1, x2, x3))
+    c1, c2 = [], []
+    for x, c in ((x1, c1), (x2, c2)):
+        halves = [half for row in x.chunk(2, 2) for half in row.chunk(2, 3)]
+        h = model.encoder(torch.cat(halves)).chunk(4)
+        pairs = list(itertools.combinations(range(4), 2))
+        z = model.projector(torch.cat([(h[a] + h[b]) / 2 for a, b in pairs]))
+        c.extend(z.chunk(6))
+    local = []
+    for p, c in ((p2, c1), (p1, c2)):
+        for keys in c:
+            logits = torch.stack(
+                [torch.stack([F.cosine_similarity(a, b, 0) for b in keys]) for a in p]
+            )
+            local.append(F.cross_entropy(logits / 0.7, torch.arange(8)).item())
+    bank, global_ = model.bank.clone(), []
+    for x, p in ((x3, p1), (x1, p3)):
+        k = model.target_projector(model.target_encoder(x))
+        z = torch.stack([max(bank, key=lambda row, k=key: cos(row, k)) for key in k])
+        global_.append(baselines.nt_xent(z, p, 0.7).item())
+    loss = model(x1, x2, x3).item()
+    assert loss == pytest.approx(mean(local) + 6 * mean(global_), abs=1e-4)
+    k3 = model.keys(x3)
+    assert torch.allclose(model.bank[:8], sacl.unit(k3), atol=1e-6)  # view 3's keys only
+    assert torch.equal(model.bank[8:], bank[:-8])
+
+
+def test_as_shipped_the_local_loss_trains_nothing():
+    """The released code's gradients are those of the global term alone; ours are not."""
+    differs = {}
+    for as_shipped in (True, False):
+        gradients = []
+        for only_global in (False, True):
+            model, views = system("multi-network")
+            model.as_shipped = as_shipped
+            if only_global:
+                model.local = lambda *_: 0.0
+            model(*views).backward()
+            gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+        differs[as_shipped] = any(not torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert differs == {True: False, False: True}
+
+
+def test_cells_leave_the_running_statistics_alone_unless_as_shipped():
+    for as_shipped in (True, False):
+        model, (x1, *_) = system("multi-network")
+        model.as_shipped = as_shipped
+        before = model.encoder.bn1.running_mean.clone()
+        c = model.local_keys(x1)
+        assert c.shape == (6, 8, 16) and not c.requires_grad
+        assert torch.equal(model.encoder.bn1.running_mean, before) != as_shipped
+
+
+# ------------------------------------------------------------ 004: HARL
+
+
+@pytest.mark.parametrize("name", ["harl", "harl-nce"])
+@pytest.mark.parametrize("whole", [0.0, 1.0])
+def test_with_masks_of_all_or_nothing_every_stream_is_the_whole_view(name, whole):
+    """L_fg = L_bg = L_full: BYOL's loss, or InfoNCE of whole views."""
+    model, (x1, x2, m1, m2) = system(name)
+    m1, m2 = torch.full_like(m1, whole), torch.full_like(m2, whole)
+    streams = model.streams(x1, m1)
+    assert torch.allclose(streams[0], streams[1], atol=1e-5)
+    assert torch.allclose(streams[0], streams[2], atol=1e-5)
+    p1, p2, k1, k2 = model.predict(x1), model.predict(x2), model.keys(x1), model.keys(x2)
+    if name == "harl":
+        expected = BYOL(tiny()).train()
+        expected.load_state_dict(model.state_dict())
+        expected = expected(x1, x2)
+    else:
+        expected = (sacl.info_nce(p1[None], k2, 0.2) + sacl.info_nce(p2[None], k1, 0.2)) / 2
+    assert torch.allclose(model(x1, x2, m1, m2), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["harl", "harl-nce"])
+def test_the_loss_weighs_whole_foreground_and_background(name):
+    model, views = system(name)
+    model.beta, model.updates = 0.3, torch.tensor(3)  # half of six steps
+    alpha = 0.75  # between 0.5 and 1
+    x1, x2, m1, m2 = views
+    p, k = [model.streams(x1, m1), model.streams(x2, m2)], []
+    k = [model.stream_keys(x1, m1), model.stream_keys(x2, m2)]
+    losses = []
+    for stream in range(3):
+        ways = []
+        for a, b in ((p[0], k[1]), (p[1], k[0])):
+            for i in range(8):
+                positive = cos(a[stream][i], b[stream][i])
+                others = [cos(a[stream][i], b[stream][j]) for j in range(8) if j != i]
+                byol = name == "harl"
+                ways.append(2 - 2 * positive if byol else row_nce(positive, others, 0.2))
+        losses.append(mean(ways))
+    expected = 0.3 * losses[0] + 0.7 * (alpha * losses[1] + (1 - alpha) * losses[2])
+    assert model(*views).item() == pytest.approx(expected, abs=1e-4)
+    assert len({round(x, 3) for x in losses}) == 3
+
+
+def test_the_foregrounds_share_goes_from_a_half_to_one():
+    model, _ = system("harl")
+    shares = []
+    for updates in range(7):
+        model.updates = torch.tensor(updates)
+        shares.append(model.alpha().item())
+    assert shares[0] == pytest.approx(0.5) and shares[6] == pytest.approx(1)
+    assert all(a < b for a, b in itertools.pairwise(shares))
+
+
+def test_pooling_weighs_each_cell_by_how_far_it_is_covered():
+    maps = torch.tensor([[1.0, 2], [3, 4]]).view(1, 1, 2, 2)
+    mask = torch.zeros(1, 1, 4, 4)
+    mask[..., :2, :] = 1  # the upper cells
+    mask[..., 2, :2] = 1  # and half of the lower left one
+    whole, fg, bg = harl.pool(maps, mask).flatten()
+    assert whole == 2.5
+    assert fg.item() == pytest.approx((1 + 2 + 3 / 2) / 2.5)
+    assert bg.item() == pytest.approx((3 / 2 + 4) / 1.5)
+
+
+def test_less_than_a_twentieth_of_a_crop_is_no_stream():
+    maps, mask = torch.rand(1, 5, 4, 4), torch.zeros(1, 1, 16, 16)
+    mask[..., 0, :12] = 1  # 12 of 256 pixels
+    whole, fg, bg = harl.pool(maps, mask)
+    assert torch.equal(fg, whole) and not torch.equal(bg, whole)
+    mask[..., 0, :13] = 1
+    assert not torch.equal(harl.pool(maps, mask)[1], whole)
+
+
+def test_a_mask_is_cropped_and_flipped_as_its_image_is():
+    """An image that is its own mask stays its own mask in both views."""
+    masks = (torch.rand(8, 16, 16) < 0.5).float()
+    masks = F.avg_pool2d(masks[:, None], 5, 1, 2)[:, 0]
+    model = HARL(tiny(weak="geometric"), masks)
+    x = (masks[:, None] * 255).expand(-1, 3, -1, -1).round().byte()
+    x1, x2, m1, m2 = model.views(x, None, torch.arange(8))
+    for view, mask in ((x1, m1), (x2, m2)):
+        pixels = view * torch.tensor(sacl.STD)[:, None, None]
+        pixels = pixels + torch.tensor(sacl.MEAN)[:, None, None]
+        assert torch.allclose(pixels[:, :1], mask, atol=4e-3)
+    assert not torch.allclose(m1, m2, atol=0.1)
+
+
+def test_masks_find_a_blob_before_any_ground_and_keep_to_their_area():
+    y, x = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
+    images, truths = [], []
+    for i in range(12):
+        g = torch.Generator().manual_seed(i)
+        ground, blob = torch.rand(2, 3, 1, 1, generator=g)
+        cx, cy = 16 + 8 * (torch.rand(2, generator=g) - 0.5)
+        inside = ((x - cx) ** 2 + (y - cy) ** 2).sqrt() < 9
+        images.append(
+            torch.where(inside, blob, ground) + 0.02 * torch.randn(3, 32, 32, generator=g)
+        )
+        truths.append(inside)
+    images, truth = (torch.stack(images).clamp(0, 1) * 255).byte(), torch.stack(truths)
+    mask = harl.heuristic_masks(images)
+    overlap = (mask & truth).sum((1, 2)) / (mask | truth).sum((1, 2))
+    assert mask.dtype == torch.bool and overlap.mean() > 0.7 and (overlap > 0.5).all()
+    noise = harl.heuristic_masks(torch.randint(256, (20, 3, 32, 32)).byte())
+    area = noise.float().mean((1, 2))
+    assert area.min() > 0.1 and area.max() < 0.75  # 20 to 65 %, before the majority vote
+    assert harl.heuristic_masks(torch.zeros(2, 3, 96, 96).byte()).shape == (2, 64, 64)
+
+
+def test_otsus_threshold_parts_two_heaps_of_values():
+    s = torch.cat([torch.full((40,), 0.2), torch.full((60,), 0.8)])[torch.randperm(100)]
+    s = (s + 0.05 * torch.randn(100)).clamp(0, 1).view(1, 10, 10)
+    assert 0.3 < harl.otsu(s).item() < 0.7
+
+
+def test_masks_are_kept_in_a_file_and_made_anew_for_other_images(folder, tmp_path, monkeypatch):
+    data, cache = sacl.load_data(tiny(folder), "train"), tmp_path / "masks.pth"
+    masks = harl.make_masks(data, cache)
+    assert torch.equal(masks, harl.heuristic_masks(data.pixels)) and cache.exists()
+    monkeypatch.setattr(sacl, "fetch", lambda *_: pytest.fail("made again"))
+    assert torch.equal(harl.make_masks(data, cache), masks)
+    monkeypatch.undo()
+    other = sacl.Images(data.pixels.flip(0), data.labels, data.classes)
+    assert torch.equal(harl.make_masks(other, cache), masks.flip(0))
+
+
+def test_an_unknown_objective_is_refused():
+    with pytest.raises(UsageError, match="--objective moco"):
+        HARL(tiny(), torch.ones(4, 16, 16), objective="moco")
+
+
+# ------------------------------------------------------------ pictures
+
+
+@pytest.mark.parametrize("program", [baselines, harl])
+def test_sheets_are_drawn_and_refusals_are_sentences(program, folder, tmp_path):
+    out = tmp_path / "sheets" / "sheet.png"
+    flags = ["--dataset", str(folder), "--image-size", "16", "--images", "5"]
+    program.main([*flags, "--out", str(out)])
+    picture = TF.pil_to_tensor(Image.open(out).convert("RGB"))
+    assert picture.shape[2] > 5 * 96 and picture.flatten(1).unique(dim=1).shape[1] > 50
+    for bad in (["--images", "0"], ["--out", str(tmp_path / "sheet.xyz")]):
+        assert bad[0] in refused(program, *flags, *bad)
+
+
+def refused(program, *argv):
+    """Run the command line in this process; returns the one sentence it ends with."""
+    error = io.StringIO()
+    with pytest.raises(SystemExit) as stop, contextlib.redirect_stderr(error):
+        program.main([str(a) for a in argv])
+    assert stop.value.code == 2
+    last = error.getvalue().strip().splitlines()[-1]
+    assert "Traceback" not in error.getvalue() and last.startswith(Path(program.__file__).name)
+    return last
+
+
+def test_lines_lie_around_cells_that_lie_as_they_were():
+    x = torch.rand(2, 3, 8, 8)
+    drawn = baselines.with_lines(sacl.split(x, 2), 2)
+    assert drawn.shape == (2, 3, 12, 12)
+    assert torch.equal(drawn[..., 1:5, 7:11], x[..., :4, 4:]) and (drawn[..., 5:7] == 1).all()
+
+
+# ------------------------------------------------------------ the comparison
+
+
+@pytest.fixture
+def small_scale(monkeypatch):
+    """The comparison with encoders and memories that take seconds."""
+    small = dict(arch="resnet18", width=4, dim=16, image_size=16, batch_size=16, epochs=2)
+    small |= dict(knn_every=1, amp="off", workers=0)
+    monkeypatch.setitem(compare.SCALES, "cpu", small)
+    for name, own in (("pirl", dict(negatives=20)), ("mocov2", dict(queue=40, bn_groups=2))):
+        kept = compare.SYSTEMS[name]
+        monkeypatch.setitem(compare.SYSTEMS, name, kept._replace(own=kept.own | own))
+
+
+def flags_for(folder, tmp_path, *more):
+    results = ["--results", tmp_path / "compare.jsonl", "--runs", tmp_path / "runs"]
+    return [str(f) for f in ["--dataset", folder, *results, *more]]
+
+
+def results_of(tmp_path):
+    return [json.loads(line) for line in (tmp_path / "compare.jsonl").read_text().splitlines()]
+
+
+def test_a_comparison_goes_on_run_by_run_and_prints_its_table(
+    small_scale, folder, tmp_path, capsys
+):
+    """A run that was stopped is continued, a finished one is not done again."""
+    flags = flags_for(folder, tmp_path, "--methods", "fast-moco,pirl", "--seeds", "2")
+    compare.main([*flags, "--max-hours", "1e-9"])
+    assert "stopped by --max-hours" in capsys.readouterr().out
+    compare.main(flags)
+    shown = capsys.readouterr().out
+    assert "going on at step 3 of 6" in shown and shown.count("finished: step 6 of 6") == 4
+    before = (tmp_path / "compare.jsonl").read_text()
+    compare.main(flags)
+    assert capsys.readouterr().out.count("finished before") == 4
+    assert (tmp_path / "compare.jsonl").read_text() == before
+    costs, *lines = results_of(tmp_path)
+    assert set(costs["cost"]) == {"fast-moco", "pirl"} and min(costs["cost"].values()) > 0
+    runs = list(itertools.product((0, 1), ("fast-moco", "pirl")))
+    assert [(line["seed"], line["method"]) for line in lines] == runs
+    for line in lines:
+        assert [p["step"] for p in line["curve"]] == [0, 3, 6] and line["images"] == IMAGES
+        kinds = {"online", "target"} if line["method"] == "fast-moco" else {"online"}
+        assert set(line["linear"]) == kinds and line["linear"]["online"]["top1"] > 50
+    (tmp_path / "compare.jsonl").write_text(json.dumps(costs) + "\n")  # died before the probe
+    compare.main(flags_for(folder, tmp_path, "--methods", "pirl"))
+    (again,) = results_of(tmp_path)[1:]
+    assert again | {"date": ""} == lines[1] | {"date": ""}
+    (tmp_path / "compare.jsonl").write_text(before)
+    capsys.readouterr()
+    compare.main([*flags, "--table"])
+    table = capsys.readouterr().out.splitlines()
+    assert [row.split(" | ")[0] for row in table[2:4]] == ["| fast-moco", "| pirl"]
+    assert all(row.count("|") == table[0].count("|") for row in table[:4]) and "±" in table[2]
+
+
+def test_the_table_reads_equal_time_off_the_curves_and_keeps_published_figures_apart(tmp_path):
+    """fast-moco's step costs twice simclr's: it is read at half of its schedule."""
+    cfg = compare.CompareConfig(results=str(tmp_path / "r.jsonl"))
+    lines = [{"cost": {"fast-moco": 2.0, "simclr": 1.0}, "of": "cifar100-cpu"}]
+    for name, seed, last in (("fast-moco", 0, 30.0), ("fast-moco", 1, 34.0), ("simclr", 0, 20.0)):
+        key, run = compare.run_config(cfg, name, seed)
+        curve = [{"step": s, "knn": last * s / 400} for s in (0, 100, 400)]
+        linear = {"online": {"top1": 40.0 + seed, "top5": 70.0}}
+        line = {"run": key, "method": name, "seed": seed, "curve": curve, "linear": linear}
+        line |= {"images": 50000, "probe": "lbfgs", "seconds": 100, "machine": {"device": "CPU"}}
+        lines.append(line | {"settings": {"epochs": 10, "arch": "resnet18", "width": 16}})
+    other = {"run": "cifar100-cpu-10/fast-moco-000000-2", "seed": 2}  # with other settings
+    text = compare.table(cfg, [*lines, lines[1] | other])
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in text.splitlines()[:4]]
+    fast, simclr = (
+        {head: cell for head, cell in reversed([*zip(rows[0], row, strict=True)]) if cell}
+        for row in rows[2:]
+    )  # of columns with one name the first
+    assert fast["n"] == "2" and fast["kNN online"] == "32.00 ± 2.83"
+    assert fast["at equal time"] == "16.00 ± 1.41" and simclr["at equal time"] == "20.00"
+    assert fast["linear, top-1 / top-5"] == "40.50 ± 0.71 / 70.00 ± 0.00"
+    assert fast["cost"] == "1.00" and simclr["cost"] == "0.50"
+    assert fast["published"] == "61.39 (003)" and "21.26 (T3)" in simclr["published"]
+    assert "kNN target" not in simclr
+
+
+def test_each_system_of_the_comparison_is_built_with_its_own_settings():
+    """And a change of any of them makes another run."""
+    cfg = compare.CompareConfig()
+    assert len(cfg.names) == 11
+    keys = set()
+    for name in cfg.names:
+        key, run = compare.run_config(cfg, name, 0)
+        keys.add(key)
+        assert (run.arch, run.width, run.epochs, run.batch_size) == ("resnet18", 16, 10, 128)
+        assert (run.texture == "negative") == (name == "sacl")
+        kept = compare.SYSTEMS[name].settings
+        assert all(getattr(run, setting) == value for setting, value in kept.items())
+        x = torch.randint(256, (4, 3, 32, 32)).byte()
+        data = sacl.Images(x, torch.zeros(4), ["a"])
+        model = compare.builder(name, cfg, run, data)(run)
+        assert type(model) is compare.SYSTEMS[name].model
+        for setting, value in compare.SYSTEMS[name].own.items():
+            found = getattr(model, "first_alpha" if setting == "alpha" else setting, value)
+            assert (len(found) if isinstance(found, torch.Tensor) else found) == value
+    assert len(keys) == 11
+    key, _ = compare.run_config(cfg, "simclr", 0)
+    with pytest.MonkeyPatch.context() as changed:
+        system = compare.SYSTEMS["simclr"]
+        settings = system.settings | {"tau": 0.4}
+        changed.setitem(compare.SYSTEMS, "simclr", system._replace(settings=settings))
+        assert compare.run_config(cfg, "simclr", 0)[0] != key
+    paper = compare.run_config(compare.CompareConfig(scale="gpu"), "sacl", 0)[1]
+    assert (paper.arch, paper.width, paper.dim, paper.epochs) == ("resnet50", 64, 2048, 200)
+    assert (paper.lr, paper.weight_decay, paper.tau, paper.m) == (0.1, 1e-4, 0.2, 0.99)
+
+
+def test_a_diverged_run_is_told_and_the_others_go_on(small_scale, folder, tmp_path, monkeypatch):
+    broken = compare.SYSTEMS["simclr"]
+    broken = broken._replace(settings=broken.settings | {"lr": 1e30})
+    monkeypatch.setitem(compare.SYSTEMS, "simclr", broken)
+    with pytest.raises(SystemExit) as stop:
+        compare.main(flags_for(folder, tmp_path, "--methods", "simclr,byol", "--epochs", "1"))
+    assert stop.value.code == 1
+    assert [line.get("method") for line in results_of(tmp_path)] == [None, "byol"]
+
+
+def test_the_command_line_refuses_in_sentences(tmp_path):
+    assert "--methods cpc" in refused(compare, "--methods", "cpc,byol")
+    assert "--seeds 0" in refused(compare, "--seeds", 0)
+    assert "--epochs -1" in refused(compare, "--epochs", -1)
+    assert "no finished run" in refused(compare, "--table", "--results", tmp_path / "none.jsonl")
+    assert "cifar1000" in refused(compare, "--dataset", "cifar1000", "--cost")
+    done = subprocess.run(
+        [sys.executable, "related/compare.py", "--table", "--results", str(tmp_path / "none")],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stderr.startswith("compare.py: --results"), done.stderr
