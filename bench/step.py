@@ -27,6 +27,7 @@ time  rounds over all rows in turn, after warm-up; medians. "x" is the median ov
 """
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import datetime
@@ -90,7 +91,7 @@ class Step:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled="fp16" in options)
 
     def views(self) -> tuple[Tensor, ...]:
-        """The fixed views, or new ones of a random batch, as sacl.train makes them."""
+        """The fixed views, or those that sacl.train would make of a random batch."""
         if not self.whole:
             return self.fixed_views
         torch.manual_seed(0)
@@ -237,9 +238,11 @@ class Lightly(Step):
 
 
 class Solo(Step):
-    """solo-learn's BYOL module; Lightning's loop around it is what `Step.step` does."""
+    """solo-learn's BYOL module (of 1.0.2); `Step.step` stands for Lightning's loop around it."""
 
     def __init__(self, shared, options: set[str]):
+        with contextlib.suppress(ImportError):
+            import setuptools  # noqa: F401  brings distutils, which solo-learn 1.0.2 imports
         from solo.methods.byol import BYOL
 
         super().__init__(shared, options, "nchw")
