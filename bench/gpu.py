@@ -28,7 +28,7 @@ On a rented machine with calls of 10 minutes and 64 MiB that keeps ignored files
              ls $S/$D/* | head -50 | xargs cp -t .carry/a/$D
              ls $S/$D/* | tail -50 | xargs cp -t .carry/b/$D
              cp -r $S/cifar100/test .carry/b/cifar100
-             for the peers' job: tar czf .carry/a/peers.tgz -C <folder with them> .
+             for the peers' job: tar czf .carry/a/peers.tgz -C <folder of the peers' Python> .
   2. call 1, carrying .carry/a ("no sheets" for the test split is right: it comes with call 2):
              python3 .carry/a/unpack.py cifar100 /tmp/data; mkdir -p /tmp/peers
              tar xzf .carry/a/peers.tgz -C /tmp/peers
@@ -174,8 +174,8 @@ def fused_gap(device: torch.device) -> float:
     block = sacl.Bottleneck(64, 16, 1, "standard", 4).to(device).double()
     x = torch.randn(8, 64, 8, 8, device=device, dtype=torch.double, requires_grad=True)
     results = []
-    for block.fused in (False, True):
-        x.grad = None
+    for fused in (False, True):
+        block.fused, x.grad = fused, None
         block.zero_grad()
         block.last_bn.reset_running_stats()
         out = block(x)
@@ -230,7 +230,8 @@ def drive(args: argparse.Namespace) -> None:
         if name in ("r18", "r50"):
             command = [*command, "--max-hours", f"{max(left - 40, 30) / 3600:.4f}"]
         print(f"== {name}: {' '.join(command)}", flush=True)
-        began = time.time()
+        state[name], began = before | {"how": "cut off"}, time.time()
+        sacl.write(path, json.dumps(state, indent=1).encode())  # --epochs must not be forgotten
         how = run_part(command, out / f"{name}.log", min(limit, left), args.peers)
         if name in ("r18", "r50") and how != "failed":
             how = "done" if finished(run) else "goes on"
@@ -296,7 +297,7 @@ def tail(log: Path, lines: int = 15) -> list[str]:
 def pack(out: Path, state: dict, trained: list[Path]) -> None:
     """Fill <out>/home with what is worth taking along."""
     text = [
-        f"## {name}: {part['how']}, {part['seconds']} s\n\n```\n"
+        f"## {name}: {part['how']}, {part.get('seconds', 0)} s\n\n```\n"
         + "\n".join(tail(out / f"{name}.log", 40))
         + "\n```\n"
         for name, part in state.items()
