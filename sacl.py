@@ -816,7 +816,8 @@ def fetch(
             yield index, pixels[index].to(device)
         return
     if workers < 0:
-        workers = min(8, os.cpu_count() or 1)
+        known = hasattr(os, "sched_getaffinity")  # of a cluster's node this process may have a part
+        workers = min(8, len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1)
     loader = DataLoader(
         pixels,
         batch_sampler=[index.tolist() for index in batches],
@@ -1244,11 +1245,7 @@ class Run:
         if saved:
             print(f"going on at step {self.step} of {self.total}", flush=True)
         else:
-            in_memory = isinstance(train_set.pixels, Tensor)
-            figures = self.evaluate(
-                train_set, test_set, {"pixels": nn.Flatten()} if in_memory else {}
-            )
-            self.log({"epoch": 0, "step": 0, **figures})
+            self.log({"epoch": 0, "step": 0, **self.baseline(train_set, test_set)})
             self.save()  # a full disk shows before anything is trained
         self.lined = time.perf_counter()
 
@@ -1261,7 +1258,13 @@ class Run:
                     f"{self.out} holds a run with {flag} {then}, not {now}: give {flag} {then} to "
                     "go on with it, another --output-dir, or --resume none to put it aside"
                 )
-        self.model.load_state_dict(saved["model"])
+        try:
+            self.model.load_state_dict(saved["model"])
+        except RuntimeError:  # its message is a list of hundreds of names
+            raise UsageError(
+                f"{self.out} holds a run of another model than {type(self.model).__name__} with "
+                "these settings: choose another --output-dir, or --resume none to put it aside"
+            ) from None
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scaler.load_state_dict(saved["scaler"])
         self.step, self.epoch_loss = saved["step"], saved["epoch_loss"]
@@ -1323,6 +1326,18 @@ class Run:
         if hasattr(self.model, "target_encoder"):
             encoders["knn_target"] = self.model.target_encoder
         return knn_monitor(encoders, self.cfg, train_set, test_set, self.device)
+
+    def baseline(self, train_set: Images, test_set: Images | None) -> dict[str, float]:
+        """The monitor's figures of raw pixels and of the untrained model.
+
+        Not taken where --max-steps ends the run before there is a figure to compare with them.
+        """
+        first = self.steps * min(self.cfg.knn_every, self.cfg.epochs)
+        if 0 < self.cfg.max_steps < first:
+            print(f"no kNN monitor: --max-steps {self.cfg.max_steps} ends before step {first}")
+            return {}
+        in_memory = isinstance(train_set.pixels, Tensor)
+        return self.evaluate(train_set, test_set, {"pixels": nn.Flatten()} if in_memory else {})
 
     def seconds(self) -> float:
         """Wall-clock time of the run in all its sessions."""
@@ -1481,8 +1496,8 @@ def write(path: Path, content: bytes) -> None:
         with contextlib.suppress(OSError):
             beside.unlink()
         raise UsageError(
-            f"{path} cannot be written ({error.strerror}): free space or name another "
-            "--output-dir; what was there is intact"
+            f"{path} cannot be written ({error.strerror}): free space or choose another folder; "
+            "what was there is intact"
         ) from None
 
 

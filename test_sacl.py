@@ -5,6 +5,7 @@ python -m pytest
 
 import ast
 import contextlib
+import dataclasses
 import io
 import itertools
 import json
@@ -713,7 +714,7 @@ def test_a_checkpoint_holds_tensors_and_plain_types_and_strict_backbones(folder,
 
 
 def test_the_log_begins_with_settings_versions_hardware_and_revision(folder, tmp_path):
-    cfg = tiny(folder, output_dir=str(tmp_path / "a"), max_steps=1, knn_every=1)
+    cfg = tiny(folder, output_dir=str(tmp_path / "a"), epochs=1, knn_every=1)
     sacl.train(cfg)
     first, untrained, *_ = map(json.loads, (tmp_path / "a" / "log.jsonl").read_text().splitlines())
     assert Config(**first["settings"]) == cfg
@@ -744,8 +745,26 @@ def test_max_hours_stops_and_saves(folder, tmp_path):
 def test_an_unlabelled_folder_trains_without_the_monitor(tmp_path, folder, capsys):
     for i, p in enumerate(sorted((folder / "train").rglob("*.png"))):
         (tmp_path / f"{i}.png").write_bytes(p.read_bytes())
-    sacl.train(tiny(tmp_path, output_dir=str(tmp_path / "run"), max_steps=1, knn_every=1))
-    assert "no kNN monitor" in capsys.readouterr().out
+    sacl.train(tiny(tmp_path, output_dir=str(tmp_path / "run"), epochs=1, knn_every=1))
+    assert "no kNN monitor: it needs labels" in capsys.readouterr().out
+
+
+def test_a_run_of_a_few_steps_is_not_kept_waiting_by_the_monitor(folder, tmp_path, capsys):
+    """With the paper's network the untrained encoder's figure takes a CPU the better part of an
+    hour, and here nothing will be compared with it."""
+    steps = len(sacl.load_data(tiny(folder), "train")) // 16
+    for stop, taken in ((steps - 1, False), (steps, True)):
+        out = tmp_path / str(stop)
+        sacl.train(tiny(folder, output_dir=str(out), max_steps=stop, knn_every=1))
+        assert ('"knn"' in (out / "log.jsonl").read_text()) == taken
+        assert ("--max-steps" in capsys.readouterr().out) != taken
+
+
+def test_a_run_of_another_model_is_refused_in_a_sentence(folder, tmp_path):
+    cfg = tiny(folder, output_dir=str(tmp_path / "a"), max_steps=1)
+    sacl.train(cfg)
+    with pytest.raises(UsageError, match="a run of another model"):
+        sacl.train(cfg, lambda cfg: sacl.SACL(dataclasses.replace(cfg, proj_layers=2)))
 
 
 def two_rank_worker(rank, path):

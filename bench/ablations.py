@@ -1,7 +1,7 @@
 """The paper's tables, and the choices that it leaves open, each run again by one command.
 
-    python bench/ablations.py table6 --data-dir data           small, on one CPU core in an hour
-    python bench/ablations.py table6 --scale gpu --seeds 3     the paper's settings
+    python bench/ablations.py table6                           small, on one CPU core in an hour
+    python bench/ablations.py table6 --scale gpu --seeds 3     the paper's settings, on CIFAR-100
     python bench/ablations.py table6 --table                   what is in the file, as markdown
     python bench/ablations.py all --table
 
@@ -16,8 +16,11 @@ A run is sacl.train and then the probe on its encoders. Its line in --file holds
 figures; a run that has its line is not run again, also where several tables share it, and one that
 was interrupted goes on from its folder in --work. Flags of sacl.py go to all runs of the call.
 
+At the cpu scale the dataset is shapes, of which three epochs teach something; fig7 adds CIFAR-10.
+
 Nothing is chosen on test images: unless --on test is given, for final figures, runs are trained on
-part of the training images and evaluated on others of them (`split`).
+part of the training images and evaluated on others of them (`split`). Of shapes each seed draws new
+images, so that its test images have served no choice.
 """
 
 import argparse
@@ -100,7 +103,7 @@ PAPER = {  # its figures, row by row
 def base_settings(scale: str, dataset: str, given: dict) -> dict:
     """What all runs have in common: the scale's settings, then those of the command line."""
     if dataset == "shapes":  # small as it is, at either scale
-        return {"epochs": sacl.PRESETS["shapes"]["epochs"]} | given
+        return {"epochs": 3 if scale == "cpu" else sacl.PRESETS["shapes"]["epochs"]} | given
     size, epochs = {"stl10": (96, 200), "imagenet100": (224, 100)}.get(dataset, (32, 200))
     return {"image_size": size, "epochs": epochs} | SCALES[scale][0] | given
 
@@ -177,7 +180,6 @@ def run_table(table: str, dataset: str, args: argparse.Namespace) -> bool:
     rows = tables(base["epochs"])[table]
     for name in args.given.keys() & {k for varied in rows.values() for k in varied} - {"epochs"}:
         raise UsageError(f"--{name.replace('_', '-')} is what {table} varies: leave it out")
-    # images of shapes are drawn anew from each seed: its test images have served no choice
     on = "test" if dataset == "shapes" else args.on
     place = split(dataset, args.data_dir, args.work, args.scale, on)
     base |= {"dataset": place, "data_dir": args.data_dir}
@@ -301,7 +303,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("ablations.py", allow_abbrev=False)
     parser.add_argument("name", metavar="TABLE", choices=[*tables(1), "all"])
     parser.add_argument("--scale", choices=SCALES, default="cpu")
-    parser.add_argument("--dataset", default="", help="[cifar100; fig7: cifar10 too]")
+    parser.add_argument(
+        "--dataset", default="", help="[cpu: shapes, gpu: cifar100; fig7: cifar10 too]"
+    )
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--seeds", type=int, default=2, help="runs of each row [2]")
     parser.add_argument("--on", choices=("val", "test"), default="val", help="[val]")
@@ -330,7 +334,10 @@ def main(argv: list[str] | None = None) -> None:
     try:
         args = parse(argv)
         for table in list(tables(1)) if args.name == "all" else [args.name]:
-            usual = ["cifar100", "cifar10"] if table == "fig7" else ["cifar100"]
+            usual = [
+                "shapes" if args.scale == "cpu" else "cifar100",
+                *["cifar10"] * (table == "fig7"),
+            ]
             for dataset in [args.dataset] if args.dataset else usual:
                 if not args.table and not run_table(table, dataset, args):
                     return
