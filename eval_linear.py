@@ -320,7 +320,9 @@ def data_settings(cfg: ProbeConfig, run: Config | None) -> Config:
     if run is None and not cfg.dataset:
         raise UsageError("--dataset is needed where no config.json lies beside the weights")
     same = run is not None and cfg.dataset in ("", run.dataset)
-    kept = {"image_size": run.image_size, "seed": run.seed} if same else {}
+    # ours: other images too are shown to the encoder at the size that it was trained at
+    kept = {"image_size": run.image_size} if run else {}
+    kept |= {"seed": run.seed} if same else {}
     return Config(
         dataset=run.dataset if same else cfg.dataset,
         data_dir=cfg.data_dir or (run.data_dir if run else "data"),

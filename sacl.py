@@ -1496,8 +1496,8 @@ def write(path: Path, content: bytes) -> None:
         with contextlib.suppress(OSError):
             beside.unlink()
         raise UsageError(
-            f"{path} cannot be written ({error.strerror}): free space or choose another folder; "
-            "what was there is intact"
+            f"{path} cannot be written ({error.strerror}): free space or choose another "
+            "folder (--output-dir of a run); what was there is intact"
         ) from None
 
 

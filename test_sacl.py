@@ -936,6 +936,12 @@ def test_a_weights_file_alone_tells_its_architecture(se):
         )
 
 
+def test_other_images_are_probed_at_the_size_of_training(tmp_path):
+    probe = eval_linear.ProbeConfig(source="run", dataset=str(tmp_path))
+    assert eval_linear.data_settings(probe, Config(dataset="cifar100")).image_size == 32
+    assert eval_linear.data_settings(probe, None).image_size == 224
+
+
 def test_top_k_accuracy_counts_labels_among_the_k_largest():
     logits = torch.tensor([[3.0, 2, 1], [1, 2, 3], [2, 3, 1]])
     labels = torch.tensor([0, 1, 2])
