@@ -556,8 +556,9 @@ def main(argv: list[str] | None = None) -> None:
     if device.type == "cpu":
         torch.set_num_threads(args.threads)
     if args.bytes:
-        report = count_bytes()
-        print(table(report))
+        report = dict(command="python bench/step.py --bytes", rows=count_bytes())
+        report["machine"] = sacl.describe_machine(device, torch.bfloat16)
+        print(table(report["rows"]))
     elif args.dry:
         tiny = (
             "--arch resnet18 --width 4 --dim 32 --batch 8 --size 16 --rounds 2 --round-seconds 0.02"
