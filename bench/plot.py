@@ -47,7 +47,9 @@ def markdown(table: str, lines: list[dict], order: list[str], paper: dict, encod
         group = [x for x in lines if (x["dataset"], x["on"]) == key]
         kind = {"val": "held-out training images", "test": "test images"}[key[1]]
         of = "" if table == "encoder" else f"; linear top-1 of the {encoder} encoder"
-        parts.append(f"**{table}: {key[0]}, {kind}{of}**")
+        scales = {scale_of(x) for x in group}
+        common = f" ({scales.pop()})" if len(scales) == 1 else ""  # else it is said in each row
+        parts.append(f"**{table}: {key[0]}, {kind}{of}**{common}")
         parts.append(table_of(table, group, order, paper, encoder))
         if table == "grid":
             parts.append(curves_of(group))
@@ -57,10 +59,12 @@ def markdown(table: str, lines: list[dict], order: list[str], paper: dict, encod
 def table_of(table: str, lines: list[dict], order: list[str], paper: dict, encoder: str) -> str:
     """Mean and standard deviation over the seeds, a row for each label and scale."""
     rows: dict[tuple, list[dict]] = {}
+    short = len({scale_of(x) for x in lines}) == 1
     for line in lines:
         for label in order if table == "encoder" else [line["rows"][table]]:
             place = order.index(label) if label in order else len(order)
-            rows.setdefault((line["scale"], place, label, scale_of(line)), []).append(line)
+            scale = line["scale"] if short else scale_of(line)
+            rows.setdefault((line["scale"], place, label, scale), []).append(line)
     more = [name for name in MORE.get(table, ()) if any(figure(x, name, encoder) for x in lines)]
     cells = [["setting", "paper", "ours", "kNN", *more, "n", "scale"]]
     for (_, place, label, scale), runs in sorted(rows.items()):
@@ -105,8 +109,8 @@ def paper_figure(paper: dict, line: dict, place: int) -> str:
 
 
 def scale_of(line: dict) -> str:
-    s, gate = line["settings"], "" if line["settings"]["se"] == "none" else "SE-"
-    net = f"{gate}{s['arch'].replace('resnet', 'ResNet-')} of width {s['width']}"
+    s = line["settings"]
+    net = f"{s['arch'].replace('resnet', 'ResNet-')} of width {s['width']}"
     return (f"{line['scale']}: {net}, dim {s['dim']}, {line['images']} images, {s['epochs']} "
             f"epochs, batch {s['batch_size']}; {line.get('probe', 'no')} probe")  # fmt: skip
 

@@ -172,13 +172,18 @@ def test_the_table_is_mean_and_deviation_of_the_lines_beside_the_papers_figure(t
     made_lines(file, rows)
     ablations.main(["table6", "--table", "--file", str(file)])
     text = capsys.readouterr().out
-    scale = "SE-ResNet-18 of width 4, dim 16, {} images, 2 epochs, batch 128; lbfgs probe |"
+    scale = "ResNet-18 of width 4, dim 16, {} images, 2 epochs, batch 128; lbfgs probe |"
     small, large = "cpu: " + scale.format(100), "gpu: " + scale.format(45000)
     assert "| m = 0.5 | 0.00 (imagenet100) | 7.00 | 2.00 | 0.50 | 1 | " + small in text
     both = "20.00 ± 2.83 | 15.00 ± 2.83 | 0.50 ± 0.00 | 2, 1 diverged | "
     assert "| m = 0.9 | 66.17 (imagenet100) | " + both + small in text
     assert "| m = 0.9 | 66.17 (imagenet100) | 60.00 | 55.00 | 0.50 | 1 | " + large in text
     assert text.index("m = 0.5") < text.index("m = 0.9") and "held-out training images" in text
+    made_lines(file, rows[:3])  # where all rows have one scale, the caption says it
+    ablations.main(["table6", "--table", "--file", str(file)])
+    text = capsys.readouterr().out
+    assert "(cpu: " + scale.format(100).removesuffix(" |") + ")" in text
+    assert "| m = 0.5 | 0.00 (imagenet100) | 7.00 | 2.00 | 0.50 | 1 | cpu |" in text
 
 
 def test_every_table_of_the_paper_has_a_row_for_each_of_its_figures():
