@@ -178,6 +178,9 @@ def run_table(table: str, dataset: str, args: argparse.Namespace) -> bool:
     """All runs of a table that have no line yet; False when the time was over before the last."""
     base = base_settings(args.scale, dataset, args.given)
     rows = tables(base["epochs"])[table]
+    if unknown := set(args.rows or ()) - set(rows):
+        raise UsageError(f"--rows {unknown.pop()!r}: the rows of {table} are {', '.join(rows)}")
+    rows = {label: rows[label] for label in args.rows or rows}
     for name in args.given.keys() & {k for varied in rows.values() for k in varied} - {"epochs"}:
         raise UsageError(f"--{name.replace('_', '-')} is what {table} varies: leave it out")
     on = "test" if dataset == "shapes" else args.on
@@ -225,7 +228,7 @@ def run(table: str, label: str, cfg: Config, known: dict, args) -> dict | None:
     None where the time was over before it was trained.
     """
     line = next((x for x in sacl.read_log(args.file) if same(x, cfg, known)), None)
-    shifts = args.shifts or table == "texture"
+    shifts = table == "texture" if args.shifts is None else args.shifts
     if line and line.get("probe") != args.probe:
         line["linear"] = {}
     complete = line and set(args.encoders) <= set(line["linear"])
@@ -312,7 +315,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--probe", choices=("lars", "lbfgs"), help="[cpu: lbfgs, gpu: lars]")
     parser.add_argument("--encoders", nargs="+", choices=ENCODERS, default=list(ENCODERS),
                         help="to be probed; --table shows the first of them [all]")  # fmt: skip
-    parser.add_argument("--shifts", action="store_true", help="also on shifted images")
+    parser.add_argument("--rows", nargs="+", metavar="LABEL", help="only these of the table [all]")
+    parser.add_argument("--shifts", action=argparse.BooleanOptionalAction,
+                        help="also on shifted images [only in table texture]")  # fmt: skip
     parser.add_argument("--max-hours", type=float, default=0, help="stop, resumable [no limit]")
     parser.add_argument("--work", type=Path, default=Path("runs/ablations"))
     parser.add_argument("--file", type=Path, default=Path("results/ablations.jsonl"))

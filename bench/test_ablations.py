@@ -208,6 +208,17 @@ def test_the_tuned_combination_takes_what_helped_at_every_seed_and_the_best_of_a
     assert ablations.together(found, rows)[1] == {}  # one alone is no combination
 
 
+def test_rows_are_chosen_by_their_labels_and_others_refused(monkeypatch, tmp_path, capsys):
+    labels = []
+    monkeypatch.setattr(ablations, "run", lambda table, label, *_: labels.append(label) or {})
+    file = ["--file", str(tmp_path / "a.jsonl"), "--work", str(tmp_path)]
+    ablations.main(["texture", "--rows", "none", "positive", *file])
+    assert labels == ["none", "positive"] * 2  # two seeds
+    with pytest.raises(SystemExit):
+        ablations.main(["texture", "--rows", "nought", *file])
+    assert "'nought'" in capsys.readouterr().err
+
+
 def test_flags_that_ablations_set_themselves_are_refused_by_name(tmp_path):
     files = ["--work", tmp_path / "work", "--file", tmp_path / "a.jsonl"]
     bad = [("table6", "--m", 0.5), ("table4", "--seed", 1), ("fig7", "--seeds", 0)]
