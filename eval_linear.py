@@ -51,6 +51,12 @@ class ProbeConfig:
     workers: int = -1  # processes that decode image files
     seed: int = 0
 
+    def __post_init__(self):
+        for name, least in (("epochs", 1), ("batch_size", 1), ("lr", 1e-12), ("trust", 1e-12)):
+            if getattr(self, name) < least:
+                flag = "--" + name.replace("_", "-")
+                raise UsageError(f"{flag} {getattr(self, name)}: must be greater than 0")
+
 
 LRS = (0.1, 0.3, 0.9, 2.7, 8.1)
 L2S = (1e-5, 1e-4, 1e-3, 1e-2)
@@ -72,6 +78,7 @@ def evaluate(cfg: ProbeConfig) -> dict:
     encoder, run = load_encoder(cfg)
     run = data_settings(cfg, run)
     train_set, test_set = (sacl.load_data(run, split) for split in ("train", "test"))
+    sacl.check_classes(train_set, test_set)
     if test_set is None or min(train_set.labels.min(), test_set.labels.min()) < 0:
         raise UsageError(f"--dataset {run.dataset}: the probe needs labelled train and test images")
     for data in (train_set, test_set):
@@ -102,10 +109,11 @@ def evaluate(cfg: ProbeConfig) -> dict:
     }
     source = Path(cfg.source)
     kind = cfg.encoder + ("-recalibrated" if cfg.recalibrate_bn else "") + "-" + cfg.probe
+    kind += ("-sweep" if cfg.lr_sweep else "") + (f"-seed{cfg.seed}" if cfg.seed else "")
     data = "" if not cfg.dataset else "-" + Path(run.dataset).name
     out = (source if source.is_dir() else source.parent) / f"linear-{kind}{data}.json"
-    sacl.write(out, json.dumps(result, indent=1).encode())
     print(f"top1 {result['top1']}  top5 {result['top5']}  {out}", flush=True)
+    sacl.write(out, json.dumps(result, indent=1).encode())
     return result
 
 
@@ -142,7 +150,7 @@ def train_heads(
     optimizer = LARS(groups, cfg.lr, cfg.sgd_momentum, cfg.weight_decay, cfg.trust)
     crop = dataclasses.replace(run, crop_min=cfg.crop_min, batch_size=cfg.batch_size, seed=cfg.seed)
     steps = sacl.check_data(crop, data, 1)
-    labels = data.labels.to(device)
+    labels, dtype = data.labels.to(device), sacl.precision(cfg, device)
     for epoch in range(cfg.epochs):
         total = torch.zeros((), device=device)
         order = sacl.epoch_order(len(data), crop, epoch)
@@ -151,7 +159,7 @@ def train_heads(
                 done = (epoch * steps + step) / (cfg.epochs * steps)
                 group["lr"] = group["base"] * sacl.cosine(done, 1)
             draw = {"crop": sacl.draw_view(len(x), crop, device)["crop"]}  # no colours
-            with torch.no_grad(), sacl.autocast(device, sacl.precision(cfg, device)):
+            with torch.no_grad(), sacl.autocast(device, dtype):
                 features = encoder(sacl.augment(x, draw, run.image_size)).float()
             losses = [F.cross_entropy(head(features), labels[index]) for head in heads]
             optimizer.zero_grad()
@@ -277,6 +285,8 @@ def load_encoder(cfg: ProbeConfig) -> tuple[SEResNet, Config | None]:
     source = Path(cfg.source)
     name = {"online": "backbone.pth", "target": "target_backbone.pth"}[cfg.encoder]
     path = source / name if source.is_dir() else source
+    if cfg.encoder == "target" and path == source:
+        raise UsageError(f"--encoder target: {source} is one network; name the run's folder")
     if not path.is_file():
         raise UsageError(f"{path}: no such file; name a run's folder or a backbone.pth")
     weights = sacl.read_checkpoint(path)

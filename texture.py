@@ -423,9 +423,15 @@ def replace(path: Path, text: str) -> None:
     os.replace(part, path)
 
 
-def open_bank(path) -> np.memmap:
-    """A finished bank (N, K, C, H, W), read-only and on disk; ValueError when it is unfinished."""
+def open_bank(path, images=None) -> np.memmap:
+    """A finished bank (N, K, C, H, W), read-only and on disk; ValueError when it is unfinished.
+
+    And, where `images` are given, when it was made of others (by their first), or at another size.
+    """
     note = json.loads(Path(f"{path}.json").read_text())
+    if images is not None:
+        first = zlib.crc32(images[:1].cpu().numpy().tobytes())
+        require(note["first_image"] == first, f"path={path} is of other images, or another size")
     require(note["done"] == note["shape"][0], f"path={path} is unfinished: run its command again")
     return np.load(path, mmap_mode="r")
 

@@ -195,9 +195,9 @@ def fig7(args: argparse.Namespace) -> list[dict]:
     """The paper's Fig. 7: accuracy by temperature, a panel for each dataset."""
     lines = lines_of("fig7", args)
     panels = []
-    for dataset in sorted({line["dataset"] for line in lines}):
+    for dataset, on in sorted({(line["dataset"], line["on"]) for line in lines}):
         runs: dict[str, dict[float, list[float]]] = {}
-        for line in (x for x in lines if x["dataset"] == dataset):
+        for line in (x for x in lines if (x["dataset"], x["on"]) == (dataset, on)):
             for encoder, figures in line["linear"].items():
                 name, tau = f"linear top-1, {encoder}", line["settings"]["tau"]
                 runs.setdefault(name, {}).setdefault(tau, []).append(figures["top1"])
@@ -209,6 +209,7 @@ def fig7(args: argparse.Namespace) -> list[dict]:
 def grid(args: argparse.Namespace) -> list[dict]:
     """kNN accuracy with and without the grid, by images seen and by seconds of training."""
     lines = lines_of("grid", args)
+    lines = [x for x in lines if x["dataset"] == lines[-1]["dataset"]]
     panels = []
     for x in ("images", "seconds"):
         rows: dict[str, dict[int, list[tuple]]] = {}
@@ -233,7 +234,7 @@ def lines_of(table: str, args: argparse.Namespace) -> list[dict]:
         raise UsageError(
             f"--file {args.file} has no run of {table}: python bench/ablations.py {table}"
         )
-    return [x for x in lines if (x["scale"], x["on"]) == (lines[-1]["scale"], lines[-1]["on"])]
+    return [x for x in lines if x["scale"] == lines[-1]["scale"]]
 
 
 def scales_of(lines: list[dict]) -> str:

@@ -12,17 +12,21 @@ Sourced, [S: where it was read]
     MoCo v2  one query against one key and K queued keys, one way; keys encoded in shuffled order
              in 8 groups of BatchNorm, 4 points worse at 800 epochs without [S: MoCo's CIFAR-10
              notebook]
-    BYOL     2 - 2 cos of prediction and EMA projection, both ways [S: lightly, solo-learn]
+    BYOL     -cos of prediction and EMA projection, mean of both ways [S: lightly; with its lr];
+             the paper's 2 - 2 cos, summed over both ways [S: solo-learn], has four times the
+             gradient
     SimSiam  -cos of prediction and detached projection, both ways, no EMA [S: PatrickHua/SimSiam]
     PIRL     L = lam NCE(m_I, v_jigsaw) + (1 - lam) NCE(m_I, v_I), lam 0.5, tau 0.07, linear heads
-             of 128: one for the image, one for each cell, one for the cells side by side; a bank
+             of 128: one for the image, one shared by the cells, one for them side by side; a bank
              with m <- unit(0.5 m + 0.5 v_I) [S: HobbitLong/PyContrast, akwasigroch's PIRL]
 Our reading
     Everyone has SACL's weak views and SACL's heads (projector with BatchNorm at its end, predictor
     D, D / 4, D) where the sources differ in both; only PIRL keeps its own, for a bank of 50,000
-    rows wants narrow ones. Two-way losses are the mean of both ways, BYOL's too, which is printed
-    as a sum. PIRL: InfoNCE for NCE, a 2 x 2 jigsaw by sacl.split for the 3 x 3 of 64 px crops, 4096
-    rows of the bank drawn anew each step and shared by the batch, the image's own row left out.
+    rows wants narrow ones. Two-way losses are the mean of both ways; BYOL's has 1 added, so that 0
+    is its floor. MoCo v2's groups also hold for the BatchNorm of its heads, which its own lack; the
+    running statistics keep 0.9 of themselves a step, as everybody's. PIRL: InfoNCE for NCE, a 2 x 2
+    jigsaw by sacl.split for the 3 x 3 of 64 px crops, 4096 rows of the bank drawn anew each step
+    and shared by the batch, the image's own row left out.
 """
 
 import sys
@@ -116,12 +120,12 @@ def empty_memory(rows: int, dim: int) -> Tensor:
     return unit(torch.randn(rows, dim))
 
 
-def push(queue: Tensor, k: Tensor) -> Tensor:
-    """A queue with keys k put in front and the oldest dropped.
+def push(queue: Tensor, k: Tensor) -> None:
+    """Put keys k in front of a queue and drop the oldest, in place.
 
-    It is a new tensor: the graph of the loss still holds the old one until backward.
+    After backward, whose graph still holds the queue; and at one address, for CUDA graphs.
     """
-    return torch.cat([unit(k).to(queue.dtype), queue])[: len(queue)]
+    queue.copy_(torch.cat([unit(k).to(queue.dtype), queue])[: len(queue)])
 
 
 # ------------------------------------------------------------ the systems
@@ -152,6 +156,8 @@ class MoCoV2(TwoNetworks):
         super().__init__(cfg, images)
         del self.predictor
         self.bn_groups = bn_groups
+        for norm in (m for m in self.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)):
+            norm.momentum = 1 - (1 - norm.momentum) ** (1 / bn_groups)  # so many updates a step
         self.register_buffer("queue", empty_memory(queue, cfg.dim))
 
     @torch.no_grad()
@@ -166,9 +172,12 @@ class MoCoV2(TwoNetworks):
         q = torch.cat([self.project(g) for g in x1.chunk(self.bn_groups)])  # (N, D)
         k = self.keys(x2)
         self.monitor = sacl.similarities(q[None], k, None)
-        loss = memory_nce(q, k, self.queue, self.cfg.tau)
-        self.queue = push(self.queue, k)
-        return loss
+        self.fresh = k
+        return memory_nce(q, k, self.queue, self.cfg.tau)
+
+    def update_target(self, m: float) -> None:
+        super().update_target(m)
+        push(self.queue, self.fresh)
 
 
 class BYOL(TwoNetworks):
@@ -178,7 +187,7 @@ class BYOL(TwoNetworks):
         p1, p2 = self.predict(x1), self.predict(x2)
         k1, k2 = self.keys(x1), self.keys(x2)
         self.monitor = sacl.similarities(p1[None], k2, None)
-        return 2 - cosine(p1, k2) - cosine(p2, k1)  # the mean of both ways' 2 - 2 cos
+        return 1 - (cosine(p1, k2) + cosine(p2, k1)) / 2
 
 
 class SimSiam(OneNetwork):

@@ -4,7 +4,8 @@
     python related/compare.py --dataset cifar100 --scale cpu            train and evaluate all
     python related/compare.py --dataset cifar100 --scale cpu --table    the results, as markdown
 
-The eleven are SACL, SACL without textures (which is Fast-MoCo with SE), the five baselines of
+The eleven are SACL, SACL without textures (fast-moco: Fast-MoCo with SE and SACL's recipe; its own
+tau is 1.0), the five baselines of
 Table 3, the three related methods, and HARL again in its InfoNCE form: the same kind of loss as
 SACL's, with parts of a view pooled by a mask where SACL combines cells. All have the same encoder,
 views, batch, schedule and, where the method allows, heads. What SYSTEMS names was taken from each
@@ -18,7 +19,12 @@ the monitor's curve. The axis is steps times the cost of a step, which --cost me
 systems in turns: process CPU seconds on a CPU, for wall time on a shared machine says more about
 the neighbours, and seconds on a GPU, without the compiler. The slower systems are read in the
 middle of their schedule, with the learning rate still high: a lower bound of what a schedule made
-for that time would give. Made once and not in a step's cost: SACL's textures and HARL's masks.
+for that time would give. Not in a step's cost: SACL's textures, made every 20 epochs (a minute of
+one CPU core for 50,000 images), and HARL's masks, made once.
+
+BatchNorm's running statistics, with which encoders are evaluated, are what each method's passes
+make them: of SACL's and fast-moco's online encoder those of cells alone, of PIRL's half and half,
+of the others those of whole views.
 """
 
 import dataclasses
@@ -66,7 +72,7 @@ def recipe(lr: float, weight_decay: float, **settings) -> dict:
 # 5e-4. 003: the code of its authors, lr 0.1 at 256. ours: what no source gives for CIFAR.
 SYSTEMS = {
     "sacl": System(SACL, recipe(0.1, 1e-4, tau=0.2, texture="negative"), {}),  # paper
-    "fast-moco": System(SACL, recipe(0.1, 1e-4, tau=0.2), {}),  # as SACL
+    "fast-moco": System(SACL, recipe(0.1, 1e-4, tau=0.2), {}),  # as SACL; its own tau is 1.0
     "simclr": System(SimCLR, recipe(0.06, 5e-4, tau=0.5), {}),  # lightly
     "mocov2": System(  # lightly; tau, groups: MoCo's CIFAR notebook
         MoCoV2, recipe(0.06, 5e-4, tau=0.1), dict(queue=4096, bn_groups=8)
@@ -81,7 +87,7 @@ SYSTEMS = {
         recipe(0.1, 1e-4, tau=0.2),
         dict(queue=4096, neighbours=5, weighting="both", keep=512, offset=0.0, lam=1.0, ramp=0.1),
     ),
-    "multi-network": System(  # 003
+    "multi-network": System(  # 003, but for its clipping of gradients
         MultiNetwork, recipe(0.05, 1e-4, tau=1.0), dict(a=6.0, bank=16384, as_shipped=False)
     ),
     "harl": System(  # its alpha; ours: recipe as BYOL's
@@ -362,11 +368,11 @@ def cost_key(cfg: CompareConfig) -> str:
 
 
 def known_costs(cfg: CompareConfig, lines: list[dict]) -> dict[str, float]:
-    """The latest measured cost of each system's step."""
-    costs = {}
-    for line in lines:
-        costs |= line["cost"] if line.get("of") == cost_key(cfg) else {}
-    return costs
+    """The cost of a step of each system, of the latest measurement of all in turns."""
+    for line in reversed(lines):
+        if line.get("of") == cost_key(cfg) and set(cfg.names) <= set(line["cost"]):
+            return line["cost"]
+    return {}
 
 
 # ------------------------------------------------------------ the table
@@ -408,8 +414,8 @@ def table(cfg: CompareConfig, lines: list[dict]) -> str:
         f"{text}\n\n{cfg.dataset}, {one['images']} images, {one['settings']['epochs']} epochs, "
         f"{one['settings']['arch']} of width {one['settings']['width']}, probe {one['probe']}, "
         f"{one['machine']['device']}. Equal time: when {quickest or 'the quickest'} ends its "
-        "schedule. Cost: of a step, in fast-moco's. Seconds: wall time with the monitor. "
-        "Published: other recipes, named at PUBLISHED in related/compare.py."
+        "schedule. Cost: of a step, not compiled, in fast-moco's. Seconds: wall time with the "
+        "monitor. Published: other recipes, named at PUBLISHED in related/compare.py."
     )
 
 

@@ -92,9 +92,9 @@ class HARL(TwoNetworks):
         )
 
     def compare(self, p1: Tensor, p2: Tensor, k1: Tensor, k2: Tensor) -> Tensor:
-        """One stream's loss, both ways: BYOL's 2 - 2 cos, or InfoNCE over the batch's streams."""
+        """One stream's loss, mean of both ways: 1 - cos, or InfoNCE over the batch's streams."""
         if self.objective == "byol":
-            return 2 - cosine(p1, k2) - cosine(p2, k1)
+            return 1 - (cosine(p1, k2) + cosine(p2, k1)) / 2
         tau = self.cfg.tau
         return (info_nce(p1[None], k2, tau) + info_nce(p2[None], k1, tau)) / 2
 

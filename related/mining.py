@@ -59,9 +59,12 @@ class PotentialSamples(TwoNetworks):
         p1, p2 = self.predict(x1), self.predict(x2)
         k1, k2 = self.keys(x1), self.keys(x2)
         self.monitor = sacl.similarities(p1[None], k2, None)
-        loss = (self.contrast(p1, k2) + self.contrast(p2, k1)) / 2
-        self.queue = push(self.queue, k2)
-        return loss
+        self.fresh = k2
+        return (self.contrast(p1, k2) + self.contrast(p2, k1)) / 2
+
+    def update_target(self, m: float) -> None:
+        super().update_target(m)
+        push(self.queue, self.fresh)
 
     def contrast(self, p: Tensor, k: Tensor) -> Tensor:
         """Anchors p (N, D) against their own keys k (N, D), mined positives and kept negatives."""

@@ -21,7 +21,8 @@ Our reading
     the published table is unknown. By default the pass over cells leaves BatchNorm's running
     statistics alone, so that they are those of whole views; as_shipped lets it move them, as the
     code does. The target starts as a copy and moves after the step, as in SACL (there: its own
-    random weights, moved before the keys are taken), the predictor's lr follows the cosine, and
+    random weights, moved before the keys are taken), gradients are not clipped (there: to norm 1),
+    the predictor's lr follows the cosine, and
     views are SACL's at SACL's size (there: 224 px, with blur).
 """
 
@@ -58,9 +59,12 @@ class MultiNetwork(TwoNetworks):
         c1, c2 = self.local_keys(x1), self.local_keys(x2)
         k1, k3 = self.keys(x1), self.keys(x3)
         self.monitor = sacl.similarities(p1[None], k3, None)
-        loss = self.local(p1, p2, c1, c2) + self.a * self.global_(p1, p3, k1, k3)
-        self.bank = push(self.bank, k3)
-        return loss
+        self.fresh = k3
+        return self.local(p1, p2, c1, c2) + self.a * self.global_(p1, p3, k1, k3)
+
+    def update_target(self, m: float) -> None:
+        super().update_target(m)
+        push(self.bank, self.fresh)
 
     @torch.no_grad()
     def local_keys(self, x: Tensor) -> Tensor:

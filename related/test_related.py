@@ -21,7 +21,7 @@ from torch import nn
 from torchvision.transforms import functional as TF
 
 import sacl
-from related import baselines, compare, harl, mining
+from related import baselines, compare, harl, mining, multi_network
 from related.baselines import BYOL, PIRL, MoCoV2, SimCLR, SimSiam
 from related.harl import HARL
 from related.mining import PotentialSamples
@@ -148,16 +148,18 @@ def test_a_run_goes_on_bit_for_bit_with_its_queue_or_bank(name, folder, tmp_path
     for stop in (2, 3, 0):
         parts = sacl.train(tiny(folder, output_dir=str(tmp_path / "b"), max_steps=stop), build)
     assert whole.updates == 6
+    exact = not torch.cuda.is_available()  # a GPU chooses its convolutions by timing them
     for (key, a), b in zip(whole.state_dict().items(), parts.state_dict().values(), strict=True):
-        assert torch.equal(a, b), key
+        assert torch.equal(a, b) if exact else torch.allclose(a.float(), b.float(), 1e-2, 1e-3), key
     torch.manual_seed(0)  # as the run began
     for key, start in build(tiny()).named_buffers():
-        assert key not in ("queue", "bank") or not torch.equal(whole.state_dict()[key], start)
+        if key in ("queue", "bank"):
+            assert not torch.equal(whole.state_dict()[key].cpu(), start)
 
 
 @every_system
 def test_bfloat16_changes_the_loss_by_little(name):
-    """Similarities and logits are computed in float32; another neighbour may be the nearest."""
+    """Another neighbour may be the nearest."""
     losses = []
     for dtype in (torch.float32, torch.bfloat16):
         model, views = system(name)
@@ -166,6 +168,42 @@ def test_bfloat16_changes_the_loss_by_little(name):
             losses.append(model(*views))
     assert losses[1].dtype == torch.float32
     assert losses[1].item() == pytest.approx(losses[0].item(), rel=5e-2, abs=5e-2)
+
+
+def test_similarities_to_a_memory_are_float32_under_autocast():
+    p, k, memory = torch.randn(8, 16), torch.randn(8, 16), baselines.empty_memory(40, 16)
+    mined = system("mining")[0]
+    jobs = [
+        lambda: baselines.memory_nce(p, k, memory, 0.2),
+        lambda: mined.contrast(p, k),
+        lambda: multi_network.nearest(k, memory),
+    ]
+    for job in jobs:
+        plain = job()
+        with sacl.autocast(torch.device("cpu"), torch.bfloat16):
+            assert torch.equal(job(), plain)
+
+
+@pytest.mark.parametrize("name", ["pirl", "mining"])  # others hold too, and take minutes
+def test_two_steps_compile_to_what_they_are_in_eager_mode(name):
+    """With their queues, banks and counters; traced by Dynamo, without Inductor."""
+    results = []
+    for compiled in (False, True):
+        torch.compiler.reset()
+        model, views = system(name)
+        if compiled:
+            model.compile(backend="aot_eager", dynamic=False)
+        losses = []
+        for step in range(2):
+            torch.manual_seed(step)
+            model.zero_grad()
+            losses.append(model(*views))
+            losses[-1].backward()
+            model.update_target(0.9)
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        results.append([*losses, *model.buffers(), *grads])
+    for a, b in zip(*results, strict=True):
+        assert (a - b).float().norm() <= 1e-3 * a.float().norm() + 1e-5
 
 
 @every_system
@@ -188,7 +226,8 @@ def test_textures_and_several_processes_are_refused(name, monkeypatch):
 
 @pytest.mark.parametrize("name", ["mocov2", "byol", "mining", "multi-network", "harl"])
 def test_the_target_follows_by_the_moving_average(name):
-    model, _ = system(name)
+    model, views = system(name)
+    model(*views)
     before = model.target_projector[0].weight.clone()
     nn.init.ones_(model.projector[0].weight)
     model.update_target(0.75)
@@ -215,10 +254,13 @@ def test_nt_xent_equals_its_loop_over_2n_anchors_and_2n_minus_2_negatives():
 
 def test_simclr_sends_gradients_through_both_views():
     model, (x1, x2) = system("simclr", tau=0.5)
-    z1, z2 = model.project(x1), model.project(x2)
-    expected = baselines.nt_xent(z1, z2, 0.5)
+    expected = baselines.nt_xent(model.project(x1), model.project(x2), 0.5)
     assert torch.allclose(model(x1, x2), expected)
-    assert all(g.abs().sum() > 0 for g in torch.autograd.grad(expected, (z1, z2)))
+    z = [torch.randn(8, 16, requires_grad=True) for _ in range(2)]
+    given = iter(z)
+    model.project = lambda _: next(given)
+    model(x1, x2).backward()
+    assert all(leaf.grad.abs().sum() > 0 for leaf in z)
     assert not hasattr(model, "target_encoder") and not hasattr(model, "predictor")
 
 
@@ -242,7 +284,8 @@ def test_memory_nce_equals_its_loop_and_leaves_out_what_is_hidden():
 def test_a_queue_is_first_in_first_out_and_of_unit_length():
     queue = baselines.empty_memory(5, 3)
     start, (a, b) = queue.clone(), torch.randn(2, 2, 3)
-    queue = baselines.push(baselines.push(queue, a), b)
+    for keys in (a, b):
+        baselines.push(queue, keys)
     assert torch.equal(queue, torch.cat([sacl.unit(b), sacl.unit(a), start[:1]]))
     assert torch.allclose(queue.norm(dim=1), torch.ones(5))
 
@@ -259,6 +302,8 @@ def test_moco_contrasts_each_query_with_its_key_and_the_queue_before_it_grows():
         row_nce(cos(q[i], k[i]), [cos(q[i], other) for other in queue], 0.2) for i in range(8)
     )
     assert loss.item() == pytest.approx(expected, abs=1e-5)
+    assert torch.equal(model.queue, queue)  # until the step is over
+    model.update_target(0.9)
     assert torch.allclose(model.queue[:8], sacl.unit(k)) and torch.equal(
         model.queue[8:], queue[:-8]
     )
@@ -279,7 +324,7 @@ def test_moco_refuses_a_batch_that_its_groups_cannot_share():
         MoCoV2(tiny(batch_size=18))
 
 
-@pytest.mark.parametrize("name, factor, constant", [("byol", -2, 2), ("simsiam", -1, 0)])
+@pytest.mark.parametrize("name, factor, constant", [("byol", -1, 1), ("simsiam", -1, 0)])
 def test_byol_and_simsiam_are_the_mean_cosine_both_ways(name, factor, constant):
     model, (x1, x2) = system(name)
     keys = model.keys if name == "byol" else model.project
@@ -437,6 +482,7 @@ def test_the_three_networks_loss_equals_its_formula_written_as_loops():
     loss = model(x1, x2, x3).item()
     assert loss == pytest.approx(mean(local) + 6 * mean(global_), abs=1e-4)
     k3 = model.keys(x3)
+    model.update_target(0.9)
     assert torch.allclose(model.bank[:8], sacl.unit(k3), atol=1e-6)  # view 3's keys only
     assert torch.equal(model.bank[8:], bank[:-8])
 
@@ -505,7 +551,7 @@ def test_the_loss_weighs_whole_foreground_and_background(name):
                 positive = cos(a[stream][i], b[stream][i])
                 others = [cos(a[stream][i], b[stream][j]) for j in range(8) if j != i]
                 byol = name == "harl"
-                ways.append(2 - 2 * positive if byol else row_nce(positive, others, 0.2))
+                ways.append(1 - positive if byol else row_nce(positive, others, 0.2))
         losses.append(mean(ways))
     expected = 0.3 * losses[0] + 0.7 * (alpha * losses[1] + (1 - alpha) * losses[2])
     assert model(*views).item() == pytest.approx(expected, abs=1e-4)
@@ -732,7 +778,10 @@ def test_each_system_of_the_comparison_is_built_with_its_own_settings():
         model = compare.builder(name, cfg, run, data)(run)
         assert type(model) is compare.SYSTEMS[name].model
         for setting, value in compare.SYSTEMS[name].own.items():
-            found = getattr(model, "first_alpha" if setting == "alpha" else setting, value)
+            if setting == "dim":
+                found = model.bank.shape[1]
+            else:
+                found = getattr(model, {"alpha": "first_alpha"}.get(setting, setting))
             assert (len(found) if isinstance(found, torch.Tensor) else found) == value
     assert len(keys) == 11
     key, _ = compare.run_config(cfg, "simclr", 0)
