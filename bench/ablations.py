@@ -16,7 +16,8 @@ A run is sacl.train and then the probe on its encoders. Its line in --file holds
 figures; a run that has its line is not run again, also where several tables share it, and one that
 was interrupted goes on from its folder in --work. Flags of sacl.py go to all runs of the call.
 
-At the cpu scale the dataset is shapes, of which three epochs teach something; fig7 adds CIFAR-10.
+At the cpu scale the dataset is shapes, of which three epochs teach something; fig7 adds CIFAR-10,
+and recipe and tuned are of CIFAR-100.
 
 Nothing is chosen on test images: unless --on test is given, for final figures, runs are trained on
 part of the training images and evaluated on others of them (`split`). Of shapes each seed draws new
@@ -49,6 +50,7 @@ SCALES = {  # settings, and how many training images at most
     "gpu": ({}, None),  # the paper's
 }
 ENCODERS = {"online": {}, "recalibrated": {"recalibrate_bn": True}, "target": {"encoder": "target"}}
+RECIPES = ("recipe", "tuned")
 CANDIDATES = {  # of the tuned recipe, beside a warm-up of a twentieth of the epochs
     "weight_decay": (5e-4,),
     "m_schedule": ("cosine",),
@@ -176,6 +178,8 @@ def as_folder(dataset: str, data_dir: str, work: Path) -> Path:
 
 def run_table(table: str, dataset: str, args: argparse.Namespace) -> bool:
     """All runs of a table that have no line yet; False when the time was over before the last."""
+    if dataset == "shapes" and table in RECIPES:
+        raise UsageError(f"--dataset shapes: it has settings of its own; {table} needs another")
     base = base_settings(args.scale, dataset, args.given)
     rows = tables(base["epochs"])[table]
     if unknown := set(args.rows or ()) - set(rows):
@@ -339,10 +343,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         args = parse(argv)
         for table in list(tables(1)) if args.name == "all" else [args.name]:
-            usual = [
-                "shapes" if args.scale == "cpu" else "cifar100",
-                *["cifar10"] * (table == "fig7"),
-            ]
+            small = args.scale == "cpu" and table not in RECIPES
+            usual = ["shapes" if small else "cifar100"] + ["cifar10"] * (table == "fig7")
             for dataset in [args.dataset] if args.dataset else usual:
                 if not args.table and not run_table(table, dataset, args):
                     return
