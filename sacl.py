@@ -136,6 +136,7 @@ class Config:
 
 
 DATASETS = ("shapes", "cifar10", "cifar100", "stl10", "imagenet100")
+# fmt: off
 PRESETS = {
     "paper": {},
     "tuned": dict(weight_decay=5e-4, warmup_epochs=10, m_schedule="cosine"),
@@ -143,19 +144,11 @@ PRESETS = {
     "imagenet100": dict(image_size=224, epochs=100),
     "folder": dict(image_size=224),
     "shapes": dict(
-        arch="resnet18",
-        width=16,
-        dim=256,
-        m=0.98,
-        m_schedule="constant",
-        epochs=6,
-        warmup_epochs=0,
-        batch_size=64,
-        lr=0.2,
-        weight_decay=5e-4,
-        knn_every=2,
-    ),  # fmt: skip
+        arch="resnet18", width=16, dim=256, m=0.98, m_schedule="constant", epochs=6,
+        warmup_epochs=0, batch_size=64, lr=0.2, weight_decay=5e-4, knn_every=2,
+    ),
 }
+# fmt: on
 
 
 def check(cfg: Config) -> None:
@@ -840,51 +833,61 @@ def fetch(
         raise UsageError(str(error).rsplit("UsageError: ", 1)[-1].strip()) from None
 
 
-def texture_source(cfg: Config, data: Images) -> Callable[[int], Callable[[Tensor], Tensor | None]]:
-    """What --texture asks for: for a period, a function of indices (N,) -> uint8 (N, 3, S, S).
+class Textures:
+    """What --texture asks for: indices of images (N,) -> uint8 textures (N, 3, S, S), or None.
 
     Small images in memory: one texture each, from (seed, period) alone; else out of a bank on disk.
     """
-    if cfg.texture == "none":
-        return lambda period: lambda index: None
-    try:
-        from texture import from_bank, open_bank, texture_views
-    except ImportError:
-        raise UsageError(
-            f"--texture {cfg.texture} needs texture.py beside sacl.py: fetch it, or --texture none"
-        ) from None
-    if cfg.texture_bank:
+
+    def __init__(self, cfg: Config, data: Images):
+        self.cfg, self.data, self.made, self.bank = cfg, data, None, None
+        if cfg.texture == "none":
+            return
         try:
-            bank = open_bank(cfg.texture_bank, data.pixels)
-        except (OSError, ValueError) as error:
-            raise UsageError(f"--texture-bank {cfg.texture_bank} cannot be read: {error}") from None
-        if len(bank) != len(data):
-            raise UsageError(f"--texture-bank is of {len(bank)} images, not of {len(data)}")
-        return lambda period: lambda index: from_bank(bank, index).to(index.device)
-    side, in_memory = data.pixels[:1].shape[-1], isinstance(data.pixels, Tensor)
-    if not in_memory or side > (96 if torch.cuda.is_available() else 64):
-        size = f"--size {cfg.image_size} " if "image_size" in cfg.given else ""
-        raise UsageError(
-            f"--texture {cfg.texture} with images of {side} px needs a bank: python texture.py "
-            f"bank --dataset {cfg.dataset} --data-dir {cfg.data_dir} {size}--out bank.npy, then "
-            "--texture-bank bank.npy; or --texture none"
-        )
+            import texture
+        except ImportError:
+            raise UsageError(
+                f"--texture {cfg.texture} needs texture.py beside sacl.py: fetch it, or --texture "
+                "none"
+            ) from None
+        self.synthesize, self.from_bank = texture.texture_views, texture.from_bank
+        if cfg.texture_bank:
+            try:
+                self.bank = texture.open_bank(cfg.texture_bank, data.pixels)
+            except (OSError, ValueError) as error:
+                raise UsageError(f"--texture-bank {cfg.texture_bank}: {error}") from None
+            if len(self.bank) != len(data):
+                raise UsageError(f"--texture-bank is of {len(self.bank)} images, not {len(data)}")
+            return
+        side, in_memory = data.pixels[:1].shape[-1], isinstance(data.pixels, Tensor)
+        if not in_memory or side > (96 if torch.cuda.is_available() else 64):
+            size = f"--size {cfg.image_size} " if "image_size" in cfg.given else ""
+            raise UsageError(
+                f"--texture {cfg.texture} with images of {side} px needs a bank: python texture.py "
+                f"bank --dataset {cfg.dataset} --data-dir {cfg.data_dir} {size}--out bank.npy, and "
+                "then --texture-bank bank.npy; or --texture none"
+            )
+        try:
+            self.make(data.pixels[:1], period=0)
+        except ValueError as error:
+            raise UsageError(f"--texture-seeds {cfg.texture_seeds}: {error}") from None
 
-    try:
-        texture_views(data.pixels[:1], seeds=cfg.texture_seeds or None, generator=torch.Generator())
-    except ValueError as error:
-        raise UsageError(
-            f"--texture-seeds {cfg.texture_seeds} with images of {side} px: {error}"
-        ) from None
+    def make(self, pixels: Tensor, period: int) -> Tensor:
+        generator = torch.Generator().manual_seed(self.cfg.seed * 1_000_003 + period)
+        return self.synthesize(pixels, seeds=self.cfg.texture_seeds or None, generator=generator)
 
-    def make(period: int) -> Callable[[Tensor], Tensor]:
-        began = time.perf_counter()
-        g = torch.Generator().manual_seed(cfg.seed * 1_000_003 + period)
-        made = texture_views(data.pixels, seeds=cfg.texture_seeds or None, generator=g)
-        print(f"{len(made)} textures made in {time.perf_counter() - began:.1f} s", flush=True)
-        return made.__getitem__
+    def renew(self, period: int) -> None:
+        """New textures for the images in memory."""
+        if self.cfg.texture == "none" or self.bank is not None:
+            return
+        began, self.made = time.perf_counter(), None  # the old ones make room first
+        self.made = self.make(self.data.pixels, period)
+        print(f"{len(self.made)} textures made in {time.perf_counter() - began:.1f} s", flush=True)
 
-    return make
+    def __call__(self, index: Tensor) -> Tensor | None:
+        if self.bank is not None:
+            return self.from_bank(self.bank, index).to(index.device)
+        return None if self.made is None else self.made[index]
 
 
 def epoch_order(count: int, cfg: Config, epoch: int) -> Tensor:
@@ -1070,7 +1073,7 @@ def train(cfg: Config | None = None, build: Callable[[Config], nn.Module] = SACL
     steps = check_data(cfg, train_set, world)  # in an epoch
     total, warmup = cfg.epochs * steps, cfg.warmup_epochs * steps
     to_device(train_set, device)
-    textures_at = texture_source(cfg, train_set)
+    texture_of = Textures(cfg, train_set)
 
     torch.manual_seed(cfg.seed)
     raw = synchronize_bn(build(cfg)).to(device, memory_format=torch.channels_last)
@@ -1090,8 +1093,8 @@ def train(cfg: Config | None = None, build: Callable[[Config], nn.Module] = SACL
     while run.step < total and not run.stopping:
         epoch, done = divmod(run.step, steps)
         if period != epoch // cfg.texture_every:
-            period, texture_of = epoch // cfg.texture_every, None  # the old ones make room first
-            texture_of = textures_at(period)
+            period = epoch // cfg.texture_every
+            texture_of.renew(period)
         order = epoch_order(len(train_set), cfg, epoch)[done:, rank::world]
         for index, x in fetch(train_set.pixels, order, cfg.workers, device):
             # a step draws from (seed, step, rank) alone: a resumed run needs no saved RNG state

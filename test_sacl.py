@@ -1574,7 +1574,7 @@ def test_every_numbered_equation_stands_in_sacl_py():
 
 
 @pytest.mark.parametrize(
-    "name, most", [("sacl.py", 1120), ("texture.py", 380), ("eval_linear.py", 300)]
+    "name, most", [("sacl.py", 1160), ("texture.py", 380), ("eval_linear.py", 300)]
 )
 def test_files_stay_within_their_line_budget(name, most):
     """Lines of code, without blanks, comments and docstrings: explanation is free."""

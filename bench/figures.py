@@ -40,8 +40,9 @@ def views(args: argparse.Namespace) -> Image.Image:
     cfg = settings(args)
     torch.manual_seed(args.seed)
     x = pick(sacl.load_data(cfg, "train"), args)
-    textures = sacl.texture_source(cfg, sacl.Images(x, torch.zeros(len(x)), []))(args.seed)
-    textures = textures(torch.arange(len(x)))
+    texture_of = sacl.Textures(cfg, sacl.Images(x, torch.zeros(len(x)), []))
+    texture_of.renew(args.seed)
+    textures = texture_of(torch.arange(len(x)))
     draw1, draw2 = (sacl.draw_view(len(x), cfg, x.device) for _ in range(2))
     weak1, weak2, strong = (
         sacl.augment(images, draw, cfg.image_size)
