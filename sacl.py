@@ -317,22 +317,23 @@ def gather(k: Tensor) -> Tensor:
     return torch.cat(parts)  # (K, D)
 
 
-@contextlib.contextmanager
-def batch_statistics_only(*nets: nn.Module) -> Iterator[None]:
+class batch_statistics_only:  # a class: torch 2.6 cannot compile generators that manage contexts
     """Within it BatchNorm normalises by the batch and leaves its running statistics alone.
 
     ours: textures have other statistics than the images that the target is evaluated on.
     """
-    norms = [
-        b for net in nets for b in net.modules() if isinstance(b, nn.modules.batchnorm._NormBase)
-    ]
-    for b in norms:
-        b.track_running_stats = False
-    try:
-        yield
-    finally:
-        for b in norms:
-            b.track_running_stats = True
+
+    def __init__(self, *nets: nn.Module):
+        kind = nn.modules.batchnorm._NormBase
+        self.norms = [m for net in nets for m in net.modules() if isinstance(m, kind)]
+
+    def __enter__(self) -> None:
+        for norm in self.norms:
+            norm.track_running_stats = False
+
+    def __exit__(self, *error) -> None:
+        for norm in self.norms:
+            norm.track_running_stats = True
 
 
 @torch.no_grad()
