@@ -296,9 +296,7 @@ def test_one_batch_can_be_overfitted():
         loss.backward()
         optimizer.step()
         model.update_target(0.9)
-    assert (
-        loss < math.log(8) / 2
-    )  # of chance; how far it is beaten differs between versions of torch
+    assert loss < math.log(8) / 2  # of chance; how far below it is differs with torch's version
 
 
 def test_the_spread_tells_collapse_from_health():
