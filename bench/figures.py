@@ -202,6 +202,8 @@ def fig7(args: argparse.Namespace) -> list[dict]:
             for encoder, figures in line["linear"].items():
                 name, tau = f"linear top-1, {encoder}", line["settings"]["tau"]
                 runs.setdefault(name, {}).setdefault(tau, []).append(figures["top1"])
+        most = max(map(len, runs.values()))  # other encoders were perhaps probed in a few runs only
+        runs = {name: row for name, row in runs.items() if len(row) == most}
         panel = {"title": f"{dataset}, {scales_of(lines)}", "x": "tau", "log": True}
         panels.append(panel | {"lines": {name: averaged(row) for name, row in runs.items()}})
     return panels

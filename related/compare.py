@@ -197,7 +197,7 @@ def main(argv: list[str] | None = None) -> None:
 def compare(cfg: CompareConfig) -> None:
     """Train and evaluate every system, seed by seed, that the results' file does not have."""
     began, lines, diverged = time.perf_counter(), sacl.read_log(Path(cfg.results)), []
-    if set(cfg.names) - set(known_costs(cfg, lines)):
+    if not known_costs(cfg, lines, cfg.names):
         append(cfg, measure_costs(cfg))
     for seed, name in itertools.product(range(cfg.seeds), cfg.names):
         key, run = run_config(cfg, name, seed)
@@ -367,10 +367,10 @@ def cost_key(cfg: CompareConfig) -> str:
     return f"{Path(cfg.dataset).name}-{cfg.scale}"
 
 
-def known_costs(cfg: CompareConfig, lines: list[dict]) -> dict[str, float]:
-    """The cost of a step of each system, of the latest measurement of all in turns."""
+def known_costs(cfg: CompareConfig, lines: list[dict], names) -> dict[str, float]:
+    """The cost of a step of each system, of the latest measurement of all these in turns."""
     for line in reversed(lines):
-        if line.get("of") == cost_key(cfg) and set(cfg.names) <= set(line["cost"]):
+        if line.get("of") == cost_key(cfg) and set(names) <= set(line["cost"]):
             return line["cost"]
     return {}
 
@@ -387,7 +387,7 @@ def table(cfg: CompareConfig, lines: list[dict]) -> str:
             f"--results {cfg.results} has no finished run of --dataset {cfg.dataset} at --scale "
             f"{cfg.scale}: run the same command without --table"
         )
-    costs = {name: c for name, c in known_costs(cfg, lines).items() if name in runs}
+    costs = {name: c for name, c in known_costs(cfg, lines, runs).items() if name in runs}
     time_of = {name: c * runs[name][0]["curve"][-1]["step"] for name, c in costs.items()}
     quickest = min(time_of, key=time_of.get, default="")
     heads = ["system", "n"]
