@@ -52,8 +52,8 @@ class ProbeConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for name, least in (("epochs", 1), ("batch_size", 1), ("lr", 1e-12), ("trust", 1e-12)):
-            if getattr(self, name) < least:
+        for name in ("epochs", "batch_size", "lr", "trust"):
+            if getattr(self, name) <= 0:
                 flag = "--" + name.replace("_", "-")
                 raise UsageError(f"{flag} {getattr(self, name)}: must be greater than 0")
 

@@ -857,8 +857,6 @@ class Textures:
                 self.bank = texture.open_bank(cfg.texture_bank, data.pixels)
             except (OSError, ValueError) as error:
                 raise UsageError(f"--texture-bank {cfg.texture_bank}: {error}") from None
-            if len(self.bank) != len(data):
-                raise UsageError(f"--texture-bank is of {len(self.bank)} images, not {len(data)}")
             return
         side, in_memory = data.pixels[:1].shape[-1], isinstance(data.pixels, Tensor)
         if not in_memory or side > (96 if torch.cuda.is_available() else 64):
@@ -1476,7 +1474,8 @@ def compile_model(model: nn.Module, cfg: Config, device: torch.device, dtype, st
     if cfg.compile == "off" or (cfg.compile == "auto" and not pays):
         return
     before = copy.deepcopy(model.state_dict())
-    for block in (b for b in model.modules() if isinstance(b, Block)):
+    blocks = [b for b in model.modules() if isinstance(b, Block)]
+    for block in blocks:
         block.fused = isinstance(block.last_bn, nn.BatchNorm2d)  # SyncBatchNorm is another class
     model.compile(dynamic=False, mode="reduce-overhead" if cfg.compile == "graphs" else None)
     try:
@@ -1485,7 +1484,7 @@ def compile_model(model: nn.Module, cfg: Config, device: torch.device, dtype, st
     except Exception as error:  # Dynamo, Inductor and Triton each raise their own
         print(f"torch.compile failed ({type(error).__name__}): going on without it", flush=True)
         model._compiled_call_impl = None  # what nn.Module.compile sets
-        for block in (b for b in model.modules() if isinstance(b, Block)):
+        for block in blocks:
             block.fused = False
     model.load_state_dict(before)
     model.zero_grad()

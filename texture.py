@@ -426,10 +426,13 @@ def replace(path: Path, text: str) -> None:
 def open_bank(path, images=None) -> np.memmap:
     """A finished bank (N, K, C, H, W), read-only and on disk; ValueError when it is unfinished.
 
-    And, where `images` are given, when it was made of others (by their first), or at another size.
+    And, where `images` are given, when it was made of others (by their number and the first), or at
+    another size.
     """
     note = json.loads(Path(f"{path}.json").read_text())
     if images is not None:
+        count = note["shape"][0]
+        require(count == len(images), f"path={path} is of {count} images, not {len(images)}")
         first = zlib.crc32(images[:1].cpu().numpy().tobytes())
         require(note["first_image"] == first, f"path={path} is of other images, or another size")
     require(note["done"] == note["shape"][0], f"path={path} is unfinished: run its command again")

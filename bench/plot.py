@@ -47,19 +47,20 @@ def markdown(table: str, lines: list[dict], order: list[str], paper: dict, encod
         group = [x for x in lines if (x["dataset"], x["on"]) == key]
         kind = {"val": "held-out training images", "test": "test images"}[key[1]]
         of = "" if table == "encoder" else f"; linear top-1 of the {encoder} encoder"
-        scales = {scale_of(x) for x in group}
-        common = f" ({scales.pop()})" if len(scales) == 1 else ""  # else it is said in each row
+        short = len({scale_of(x) for x in group}) == 1  # else each row says all of it
+        common = f" ({scale_of(group[0])})" if short else ""
         parts.append(f"**{table}: {key[0]}, {kind}{of}**{common}")
-        parts.append(table_of(table, group, order, paper, encoder))
+        parts.append(table_of(table, group, order, paper, encoder, short))
         if table == "grid":
             parts.append(curves_of(group))
     return "\n\n".join(parts)
 
 
-def table_of(table: str, lines: list[dict], order: list[str], paper: dict, encoder: str) -> str:
+def table_of(
+    table: str, lines: list[dict], order: list[str], paper: dict, encoder: str, short: bool
+) -> str:
     """Mean and standard deviation over the seeds, a row for each label and scale."""
     rows: dict[tuple, list[dict]] = {}
-    short = len({scale_of(x) for x in lines}) == 1
     for line in lines:
         for label in order if table == "encoder" else [line["rows"][table]]:
             place = order.index(label) if label in order else len(order)
