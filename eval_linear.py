@@ -159,8 +159,9 @@ def train_heads(
                 done = (epoch * steps + step) / (cfg.epochs * steps)
                 group["lr"] = group["base"] * sacl.cosine(done, 1)
             draw = {"crop": sacl.draw_view(len(x), crop, device)["crop"]}  # no colours
+            view = sacl.augment(x, draw, run.image_size)  # 16 bits are too few for coordinates
             with torch.no_grad(), sacl.autocast(device, dtype):
-                features = encoder(sacl.augment(x, draw, run.image_size)).float()
+                features = encoder(view).float()
             losses = [F.cross_entropy(head(features), labels[index]) for head in heads]
             optimizer.zero_grad()
             sum(losses).backward()

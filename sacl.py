@@ -829,7 +829,7 @@ def fetch(
     )
     try:
         for index, x in zip(batches, loader, strict=True):
-            yield index.to(device), x.to(device, non_blocking=True)
+            yield index.to(device, non_blocking=True), x.to(device, non_blocking=True)
     except UsageError as error:  # a worker's comes wrapped in its traceback
         raise UsageError(str(error).rsplit("UsageError: ", 1)[-1].strip()) from None
 
@@ -1383,7 +1383,8 @@ class Run:
         if 0 < self.cfg.max_steps < first:
             print(f"no kNN monitor: --max-steps {self.cfg.max_steps} ends before step {first}")
             return {}
-        small = self.cfg.image_size <= 96  # of larger images the pixels would fill the memory
+        # as float32, which the monitor needs several times over
+        small = len(train_set) * 12 * self.cfg.image_size**2 <= 2 << 30
         return self.evaluate(train_set, test_set, {"pixels": nn.Flatten()} if small else {})
 
     def seconds(self) -> float:

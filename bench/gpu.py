@@ -5,10 +5,10 @@
     python bench/gpu.py --tiny --out /tmp/gpu                 rehearsal without a GPU, tiny
 
 environment  versions, card, rates of a copy and of a matrix product: the two ceilings
-tests        python -m pytest
-numerics     16 bits against fp32, compiled and graphs against eager, fused block in float64
+tests        python -m pytest, in 8 processes where pytest-xdist is installed
 steps        bench/step.py: SE-ResNet-50 at batch 128 (with a profile) and 512, SE-ResNet-18 at
              256, and the peers' job at 128 where --peers names a folder that holds them
+numerics     16 bits against fp32, compiled and graphs against eager, fused block in float64
 textures     bench/texture.py's table of times on a GPU
 r18          SE-ResNet-18 on CIFAR-100, batch 256, 200 epochs, then eval_linear.py
 r50          the paper's SE-ResNet-50, as many epochs of a whole cosine as the minutes that are
@@ -47,6 +47,7 @@ On a rented machine with calls of 10 minutes and 64 MiB that keeps ignored files
 import argparse
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -73,22 +74,24 @@ def plan(args: argparse.Namespace) -> dict[str, tuple[int, list[str]]]:
     parts = {
         "environment": (60, [*me, "--part", "environment", *own]),
         "tests": (240, [sys.executable, "-m", "pytest", "-q", *["-k", "fused"] * tiny]),
-        "numerics": (240, [*me, "--part", "numerics", *own]),
     }
+    if importlib.util.find_spec("xdist"):
+        parts["tests"][1].extend(["-n", "8"])
     few = ["--arch", "resnet18", "--width", "4", "--dim", "32", "--size", "16", "--batch", "8"]
     few += ["--rounds", "2", "--round-seconds", "0.02"]
     rows = {
-        "steps-r50-128": (300, "--mode whole --batch 128", ""),
+        "steps-r50-128": (400, "--mode whole --batch 128", ""),
         "steps-r50-512": (150, "--mode whole --batch 512", f"{COMPILED},ours+bf16"),
         "steps-r18-256": (150, "--mode whole --batch 256 --arch resnet18", f"{COMPILED},ours+bf16"),
         "steps-moco3-128": (240, "--job moco3 --batch 128", ""),
     }
     for name, (limit, options, chosen) in rows.items():
         command = [sys.executable, str(HERE / "step.py"), *options.split(), *few * tiny]
-        command += ["--seconds", str(limit - 30), "--json", str(out / f"{name}.json")]
+        command += ["--json", str(out / f"{name}.json")]
         command += ["--rows", chosen] if chosen and not tiny else []
         command += ["--profile", str(out / f"{name}-profile.txt")] * (name == "steps-r50-128")
         parts[name] = (limit, command)
+    parts["numerics"] = (240, [*me, "--part", "numerics", *own])
     data = ["--data-dir", str(args.data_dir)]
     parts["textures"] = (120, [*me, "--part", "textures", *own, *data])
     for name, settings in (("r18", "--arch resnet18 --batch-size 256 --epochs 200"), ("r50", "")):
@@ -134,7 +137,7 @@ def environment(tiny: bool) -> dict:
 def numerics(tiny: bool, modes: tuple[str, ...] = ("compile", "graphs")) -> dict:
     """How far each fast path is from plain float32 or float64 arithmetic: figure and limit."""
     device, _, _ = sacl.setup()
-    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = False
     cuda, facts = device.type == "cuda", {}
 
     def note(name: str, value: float, limit: float) -> None:
@@ -219,16 +222,20 @@ def drive(args: argparse.Namespace) -> None:
         run = out / name.removesuffix("-linear")
         if name.endswith("-linear") and not finished(run):
             continue
-        if left < (120 if name in ("r18", "r50") and not args.tiny else 30):
+        if left < (200 if name in ("r18", "r50") and not args.tiny else 30):  # it compiles first
             print("no time left", flush=True)
             all_done = False
             break
         if name == "r50" and not args.tiny:
-            epochs = before.get("epochs") or whole_cosine(out, deadline - time.time())
+            remaining = deadline - time.time()
+            calls = math.ceil(remaining / (60 * min(args.call_minutes, args.minutes)))
+            epochs = before.get("epochs") or whole_cosine(out, remaining, calls)
             before["epochs"] = epochs
             command = [*command, "--epochs", str(epochs)]
         if name in ("r18", "r50"):
             command = [*command, "--max-hours", f"{max(left - 40, 30) / 3600:.4f}"]
+        if name.startswith("steps"):
+            command = [*command, "--seconds", str(round(min(limit, left) - 30))]
         print(f"== {name}: {' '.join(command)}", flush=True)
         state[name], began = before | {"how": "cut off"}, time.time()
         sacl.write(path, json.dumps(state, indent=1).encode())  # --epochs must not be forgotten
@@ -286,9 +293,10 @@ def speed(out: Path) -> float | None:
     return rates.get("ours+bf16+compile", rates.get("ours+bf16"))
 
 
-def whole_cosine(out: Path, seconds: float) -> int:
-    """The epochs of CIFAR-100 that fit beside compiling and the linear evaluation (330 s)."""
-    images = 0.95 * max(seconds - 330, 0) * (speed(out) or SLOW)  # monitor and saving take some
+def whole_cosine(out: Path, seconds: float, calls: int) -> int:
+    """The epochs of CIFAR-100 that fit beside compiling, in each call, and linear evaluation."""
+    training = seconds - 240 - 90 * calls
+    images = 0.95 * max(training, 0) * (speed(out) or SLOW)  # monitor and saving take some
     return min(200, max(1, int(images / 50_000)))
 
 

@@ -59,10 +59,10 @@ ROWS = {
     ("cpu", "sacl"): "ours bare bare+nchw ours+bf16",
     ("cpu", "demo"): "ours+nchw ours ours+bf16 bare+nchw",
     ("cpu", "moco3"): "ours bare bare+nchw lightly lightly+nhwc solo solo+nhwc solo+pad1+nhwc",
-    # what compiles comes last but for the base: it takes longest, and --seconds may cut it
-    ("cuda", "sacl"): "ours+bf16+compile ours+bf16 ours+nchw+bf16 ours ours+nchw bare+bf16 "
+    # compiling takes minutes, and --seconds may cut what comes late
+    ("cuda", "sacl"): "ours+bf16 ours+bf16+compile bare+bf16 ours+nchw+bf16 ours ours+nchw "
     "bare+nchw ours+fp16 ours+bf16+compile+plain ours+bf16+graphs",
-    ("cuda", "moco3"): "ours+bf16+compile ours+bf16 bare+bf16 lightly lightly+nhwc+bf16 solo "
+    ("cuda", "moco3"): "ours+bf16 ours+bf16+compile bare+bf16 lightly lightly+nhwc+bf16 solo "
     "solo+bf16 solo+nhwc+bf16 solo+pad1+nhwc+bf16 ours+bf16+graphs",
 }
 # GB that a step of the paper's SE-ResNet-50 moves in 16 bits and channels_last, from a count of the
@@ -317,9 +317,12 @@ def share(cfg: sacl.Config, device: torch.device) -> types.SimpleNamespace:
 
 def two_losses(row: Step) -> list[float]:
     """The losses of the first two steps; those of float32 rows with exact convolutions."""
-    tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    cudnn = torch.backends.cudnn
+    before = cudnn.allow_tf32, cudnn.benchmark
+    if row.dtype == torch.float32:
+        cudnn.allow_tf32 = cudnn.benchmark = False  # tuned is what is timed, later
     losses = [row.step().item(), row.step().item()]
-    torch.backends.cudnn.allow_tf32 = tf32
+    cudnn.allow_tf32, cudnn.benchmark = before
     return losses
 
 
@@ -509,17 +512,32 @@ def run(args: argparse.Namespace, device: torch.device) -> dict:
     began, shared, rows = time.perf_counter(), share(cfg, device), []
     usual = ROWS.get((device.type, args.job), "ours bare").split()
     for name in args.rows.split(",") if args.rows else usual:
-        late = args.seconds and time.perf_counter() - began > 0.6 * args.seconds
+        share_of_time = 0.35 if {"compile", "graphs"} & set(name.split("+")) else 0.6
+        late = args.seconds and time.perf_counter() - began > share_of_time * args.seconds
         rows.append(Row(name, shared, args.mode, "no time left" if late else ""))
+        if rows[-1].step:  # a first figure, should this process be stopped
+            measure([rows[-1]], 1, args.round_seconds / 5, device)
+            save(args, report(args, cfg, machine, rows))
         print(f"{name}: {rows[-1].facts}", file=sys.stderr, flush=True)
     running = [row for row in rows if row.step]
+    for row in running:
+        row.rounds.clear()
     if running:
         measure(running, args.rounds, args.round_seconds, device)
-    lines = [row.report(running[0] if running else row, cfg) for row in rows]
+    result = report(args, cfg, machine, rows)
     what = f"{args.job}, {cfg.arch}, {cfg.image_size} px, batch {cfg.batch_size}, {args.mode}"
-    print(f"\n{what}, {', '.join(str(v) for v in machine.values())}\n\n{table(lines)}", flush=True)
+    print(f"\n{what}, {', '.join(str(v) for v in machine.values())}\n", flush=True)
+    shown = [{k: v for k, v in row.items() if k != "rounds"} for row in result["rows"]]
+    print(table(shown), flush=True)
     if args.profile and running:
-        profile(running[0], device, args.profile)
+        compiled = (row for row in running if row.name.endswith("+compile"))
+        profile(next(compiled, running[0]), device, args.profile)
+    return result
+
+
+def report(args: argparse.Namespace, cfg: sacl.Config, machine: dict, rows: list[Row]) -> dict:
+    """All that is known of the rows so far; ratios are to the first that runs."""
+    base = next((row for row in rows if row.step), None)
     return dict(
         command="python bench/step.py " + " ".join(sys.argv[1:]),
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -527,8 +545,13 @@ def run(args: argparse.Namespace, device: torch.device) -> dict:
         job=args.job,
         mode=args.mode,
         settings=dataclasses.asdict(cfg),
-        rows=[line | {"rounds": row.rounds} for line, row in zip(lines, rows, strict=True)],
+        rows=[row.report(base, cfg) | {"rounds": row.rounds} for row in rows],
     )
+
+
+def save(args: argparse.Namespace, content: dict | list) -> None:
+    if args.json:
+        sacl.write(Path(args.json), (json.dumps(content, indent=1) + "\n").encode())
 
 
 def cpu_model() -> str:
@@ -548,7 +571,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.add_argument(f"--{setting}", type=int)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--round-seconds", type=float, default=0.5, help="of a row in a round")
-    parser.add_argument("--seconds", type=float, help="build no more rows after 60 %% of it")
+    more = "build no more rows after 60 %% of it, none to be compiled after 35 %%"
+    parser.add_argument("--seconds", type=float, help=more)
     parser.add_argument("--threads", type=int, default=1, help="on a CPU")
     parser.add_argument("--profile", help="file for a profile of the first row")
     parser.add_argument("--json", help="file for everything")
@@ -559,20 +583,19 @@ def main(argv: list[str] | None = None) -> None:
     if device.type == "cpu":
         torch.set_num_threads(args.threads)
     if args.bytes:
-        report = dict(command="python bench/step.py --bytes", rows=count_bytes())
-        report["machine"] = sacl.describe_machine(device, torch.bfloat16)
-        print(table(report["rows"]))
+        result = dict(command="python bench/step.py --bytes", rows=count_bytes())
+        result["machine"] = sacl.describe_machine(device, torch.bfloat16)
+        print(table(result["rows"]))
     elif args.dry:
         tiny = (
             "--arch resnet18 --width 4 --dim 32 --batch 8 --size 16 --rounds 2 --round-seconds 0.02"
         )
-        report = []
+        result = []
         for job in ("--job sacl --mode whole", "--job moco3"):
-            report.append(run(parser.parse_args([*tiny.split(), *job.split()]), device))
+            result.append(run(parser.parse_args([*tiny.split(), *job.split()]), device))
     else:
-        report = run(args, device)
-    if args.json:
-        sacl.write(Path(args.json), (json.dumps(report, indent=1) + "\n").encode())
+        result = run(args, device)
+    save(args, result)
 
 
 if __name__ == "__main__":
