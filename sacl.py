@@ -1298,7 +1298,9 @@ class Run:
     def restore(self, saved: dict) -> None:
         """Take over a checkpoint's state, or say which setting differs."""
         for name, now in asdict(self.cfg).items():
-            then, flag = saved["settings"].get(name, now), "--" + name.replace("_", "-")
+            # a setting newer than the checkpoint had what is now its default
+            then = saved["settings"].get(name, getattr(Config, name))
+            flag = "--" + name.replace("_", "-")
             if then != now and name not in self.FREE:
                 raise UsageError(
                     f"{self.out} holds a run with {flag} {then}, not {now}: give {flag} {then} to "
@@ -1509,9 +1511,15 @@ def any_rank(flag: bool) -> bool:
 def describe_machine(device: torch.device, dtype: torch.dtype) -> dict[str, str | int]:
     """Versions, hardware and git revision, for the log."""
     here = Path(train.__code__.co_filename).parent  # not a folder in a notebook
-    git = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(here), *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
+
     try:
-        revision = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
+        revision = git("describe", "--always", "--abbrev=12")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
+        revision += "-dirty" * bool(changed)  # changed results are not another program
     except (OSError, subprocess.TimeoutExpired):
         revision = ""
     cuda = device.type == "cuda"

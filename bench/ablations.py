@@ -20,8 +20,8 @@ At the cpu scale the dataset is shapes, of which three epochs teach something; f
 and recipe and tuned are of CIFAR-100.
 
 Nothing is chosen on test images: unless --on test is given, for final figures, runs are trained on
-part of the training images and evaluated on others of them (`split`). Of shapes each seed draws new
-images, so that its test images have served no choice.
+part of the training images and evaluated on others of them (`split`). Of shapes, drawn anew by each
+seed, rows are compared on test images, and no default follows from them.
 """
 
 import argparse
@@ -106,7 +106,8 @@ def base_settings(scale: str, dataset: str, given: dict) -> dict:
     """What all runs have in common: the scale's settings, then those of the command line."""
     if dataset == "shapes":  # small as it is, at either scale
         return {"epochs": 3 if scale == "cpu" else sacl.PRESETS["shapes"]["epochs"]} | given
-    size, epochs = {"stl10": (96, 200), "imagenet100": (224, 100)}.get(dataset, (32, 200))
+    sizes = {"cifar10": (32, 200), "cifar100": (32, 200), "stl10": (96, 200)}
+    size, epochs = (sizes | {"imagenet100": (224, 100)}).get(Path(dataset).name, (224, 200))
     return {"image_size": size, "epochs": epochs} | SCALES[scale][0] | given
 
 
@@ -233,13 +234,18 @@ def run(table: str, label: str, cfg: Config, known: dict, args) -> dict | None:
     """
     line = next((x for x in sacl.read_log(args.file) if same(x, cfg, known)), None)
     shifts = table == "texture" if args.shifts is None else args.shifts
+    out, complete = Path(cfg.output_dir), False
     if line and line.get("probe") != args.probe:
         line["linear"] = {}
-    complete = line and set(args.encoders) <= set(line["linear"])
-    complete = line and "error" in line or (complete and (not shifts or "shifts" in line))
+        line.pop("shifts", None)
+    if line:
+        probed = set(args.encoders) <= set(line["linear"]) and (not shifts or "shifts" in line)
+        complete = "error" in line or probed
     if complete and line["rows"].get(table) == label:
+        print(f"its line is in {args.file}; with another --file it is run again", flush=True)
         return line
-    trained = line and (Path(cfg.output_dir) / "backbone.pth").is_file()
+    # a checkpoint beside the encoder: it is being trained again
+    trained = line and (out / "backbone.pth").is_file() and not (out / "checkpoint.pth").exists()
     line = line or {"rows": {}, **known, "seed": cfg.seed, "linear": {}}
     if not complete and not trained:
         figures = pretrain(cfg, args)
@@ -251,7 +257,7 @@ def run(table: str, label: str, cfg: Config, known: dict, args) -> dict | None:
     line |= {"settings": comparable(cfg), "rows": {**line["rows"], table: label}}
     lines = [x for x in sacl.read_log(args.file) if not same(x, cfg, known)] + [line]
     sacl.write(args.file, "".join(json.dumps(x) + "\n" for x in lines).encode())
-    (Path(cfg.output_dir) / "checkpoint.pth").unlink(missing_ok=True)  # the backbones stay
+    (out / "checkpoint.pth").unlink(missing_ok=True)  # the backbones stay
     return line
 
 
@@ -260,7 +266,9 @@ def same(line: dict, cfg: Config, known: dict) -> bool:
     free = set(sacl.Run.FREE) - {"knn_every"}  # how often it is monitored is its curve
     then, now = line["settings"], comparable(cfg)
     return all(line[name] == value for name, value in known.items()) and all(
-        then.get(name, value) == value for name, value in now.items() if name not in free
+        then.get(name, getattr(Config, name)) == value
+        for name, value in now.items()
+        if name not in free
     )
 
 
@@ -317,8 +325,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=2, help="runs of each row [2]")
     parser.add_argument("--on", choices=("val", "test"), default="val", help="[val]")
     parser.add_argument("--probe", choices=("lars", "lbfgs"), help="[cpu: lbfgs, gpu: lars]")
-    parser.add_argument("--encoders", nargs="+", choices=ENCODERS, default=list(ENCODERS),
-                        help="to be probed; --table shows the first of them [all]")  # fmt: skip
+    parser.add_argument("--encoders", nargs="+", choices=ENCODERS,
+                        help="probed; --table shows the first [online; encoder: all]")  # fmt: skip
     parser.add_argument("--rows", nargs="+", metavar="LABEL", help="only these of the table [all]")
     parser.add_argument("--shifts", action=argparse.BooleanOptionalAction,
                         help="also on shifted images [only in table texture]")  # fmt: skip
@@ -342,7 +350,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     try:
         args = parse(argv)
+        chosen = args.encoders
         for table in list(tables(1)) if args.name == "all" else [args.name]:
+            args.encoders = chosen or (list(ENCODERS) if table == "encoder" else ["online"])
             small = args.scale == "cpu" and table not in RECIPES
             usual = ["shapes" if small else "cifar100"] + ["cifar10"] * (table == "fig7")
             for dataset in [args.dataset] if args.dataset else usual:

@@ -198,13 +198,15 @@ def fig7(args: argparse.Namespace) -> list[dict]:
     panels = []
     for dataset, on in sorted({(line["dataset"], line["on"]) for line in lines}):
         runs: dict[str, dict[float, list[float]]] = {}
-        for line in (x for x in lines if (x["dataset"], x["on"]) == (dataset, on)):
+        group = alike([x for x in lines if (x["dataset"], x["on"]) == (dataset, on)])
+        for line in group:
             for encoder, figures in line["linear"].items():
                 name, tau = f"linear top-1, {encoder}", line["settings"]["tau"]
                 runs.setdefault(name, {}).setdefault(tau, []).append(figures["top1"])
         most = max(map(len, runs.values()))  # other encoders were perhaps probed in a few runs only
         runs = {name: row for name, row in runs.items() if len(row) == most}
-        panel = {"title": f"{dataset}, {scales_of(lines)}", "x": "tau", "log": True}
+        title = f"{dataset}, {about(group)}"
+        panel = {"title": title, "x": "tau; bars: standard deviation", "log": True, "span": 10}
         panels.append(panel | {"lines": {name: averaged(row) for name, row in runs.items()}})
     return panels
 
@@ -212,7 +214,7 @@ def fig7(args: argparse.Namespace) -> list[dict]:
 def grid(args: argparse.Namespace) -> list[dict]:
     """kNN accuracy with and without the grid, by images seen and by seconds of training."""
     lines = lines_of("grid", args)
-    lines = [x for x in lines if x["dataset"] == lines[-1]["dataset"]]
+    lines = alike([x for x in lines if x["dataset"] == lines[-1]["dataset"]])
     panels = []
     for x in ("images", "seconds"):
         rows: dict[str, dict[int, list[tuple]]] = {}
@@ -226,7 +228,8 @@ def grid(args: argparse.Namespace) -> list[dict]:
             spread = averaged({means[i]: [p[1] for p in points] for i, points in row.items()})
             drawn[name] = spread
         label = {"images": "thousand images seen", "seconds": "seconds of training"}[x]
-        panels.append({"title": "kNN accuracy, per cent", "x": label, "lines": drawn})
+        title = f"kNN accuracy (%), {lines[-1]['dataset']}, {about(lines)}"
+        panels.append({"title": title, "x": label, "lines": drawn})
     return panels
 
 
@@ -240,8 +243,14 @@ def lines_of(table: str, args: argparse.Namespace) -> list[dict]:
     return [x for x in lines if x["scale"] == lines[-1]["scale"]]
 
 
-def scales_of(lines: list[dict]) -> str:
-    return f"{lines[-1]['scale']} scale"
+def alike(lines: list[dict]) -> list[dict]:
+    """Those of the last one's network, images, epochs, batch and probe."""
+    return [x for x in lines if plot.scale_of(x) == plot.scale_of(lines[-1])]
+
+
+def about(lines: list[dict]) -> str:
+    seeds = len({x["seed"] for x in lines})
+    return f"{lines[-1]['images']} images, {lines[-1]['settings']['epochs']} epochs, n = {seeds}"
 
 
 def averaged(row: dict[float, list[float]]) -> list[tuple[float, float, float]]:

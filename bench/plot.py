@@ -14,6 +14,10 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 SHIFTS = ("texture", "shuffle_4x4", "low_pass", "silhouette", "corruption_mean", "shape_share")
+NO_SETTINGS = (  # of a result, or such as scale_of shows
+    "seed", "dataset", "data_dir", "output_dir", "texture_bank", "amp", "compile", "workers",
+    "resume", "knn_every", "print_every", "max_steps", "max_hours", "epochs", "batch_size",
+)  # fmt: skip
 MORE = {"table6": ("spread",), "texture": SHIFTS}  # columns beside accuracy
 
 
@@ -61,10 +65,12 @@ def table_of(
 ) -> str:
     """Mean and standard deviation over the seeds, a row for each label and scale."""
     rows: dict[tuple, list[dict]] = {}
-    for line in lines:
-        for label in order if table == "encoder" else [line["rows"][table]]:
-            place = order.index(label) if label in order else len(order)
-            scale = line["scale"] if short else scale_of(line)
+    every = table == "encoder"  # of each run
+    for label in order if every else dict.fromkeys(x["rows"][table] for x in lines):
+        place = order.index(label) if label in order else len(order)
+        group = [x for x in lines if every or x["rows"][table] == label]
+        for line in group:
+            scale = (line["scale"] if short else scale_of(line)) + unlike(line, group)
             rows.setdefault((line["scale"], place, label, scale), []).append(line)
     more = [name for name in MORE.get(table, ()) if any(figure(x, name, encoder) for x in lines)]
     cells = [["setting", "paper", "ours", "kNN", *more, "n", "scale"]]
@@ -116,6 +122,13 @@ def scale_of(line: dict) -> str:
             f"epochs, batch {s['batch_size']}; {line.get('probe', 'no')} probe")  # fmt: skip
 
 
+def unlike(line: dict, others: list[dict]) -> str:
+    """Settings in which lines of one label differ: then they are not repetitions of one run."""
+    s = {k: v for k, v in line["settings"].items() if k not in NO_SETTINGS}
+    differ = [k for k in s if len({x["settings"].get(k) for x in others}) > 1]
+    return "".join(f"; {k} {s[k]}" for k in differ)
+
+
 def mean_std(values) -> str:
     known = [v for v in values if v is not None]
     if not known:
@@ -145,8 +158,8 @@ def font(size: int, fine: int = FINE) -> ImageFont.FreeTypeFont:
 def chart(panels: list[dict], path: str | Path) -> None:
     """Draw panels side by side: {"title", "x", "y", "lines": {name: [(x, y) or (x, y, spread)]}}.
 
-    "log": True for a logarithmic x axis. A name has one colour in all panels, and a place in the
-    legend below them.
+    "log": True for a logarithmic x axis; "span": the least range of y. A name has one colour in all
+    panels, and a place in the legend below them.
     """
     names = list(dict.fromkeys(name for panel in panels for name in panel["lines"]))
     colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
@@ -171,7 +184,8 @@ def draw_panel(draw: ImageDraw.ImageDraw, panel: dict, left: int, colours: dict)
     spreads = [p[2] if len(p) > 2 else 0 for p in points]
     low = [p[1] - s for p, s in zip(points, spreads, strict=True)]
     high = [p[1] + s for p, s in zip(points, spreads, strict=True)]
-    y_ticks = ticks(min(low), max(high))
+    more = max(0, panel.get("span", 0) - (max(high) - min(low))) / 2
+    y_ticks = ticks(min(low) - more, max(high) + more)
     if panel.get("log"):
         x_ticks = sorted({p[0] for p in points})
         ends = x_ticks[0] / 1.15, x_ticks[-1] * 1.15

@@ -204,7 +204,7 @@ def compare(cfg: CompareConfig) -> None:
     for seed, name in itertools.product(range(cfg.seeds), cfg.names):
         key, run = run_config(cfg, name, seed)
         if key in {line.get("run") for line in lines}:
-            print(f"{key}: finished before", flush=True)
+            print(f"{key}: in {cfg.results}; with other --results it is run again", flush=True)
             continue
         if cfg.max_hours:
             left = cfg.max_hours - (time.perf_counter() - began) / 3600
@@ -215,6 +215,7 @@ def compare(cfg: CompareConfig) -> None:
             sacl.train(run, builder(name, cfg, run))
         except FloatingPointError as error:  # the other systems do not wait for a better lr
             diverged.append(key)
+            append(cfg, {"run": key, "method": name, "seed": seed, "error": str(error)})
             print(f"compare.py: {error}", file=sys.stderr, flush=True)
             continue
         log = sacl.read_log(Path(run.output_dir, "log.jsonl"))
@@ -383,22 +384,29 @@ def known_costs(cfg: CompareConfig, lines: list[dict], names) -> dict[str, float
 
 def table(cfg: CompareConfig, lines: list[dict]) -> str:
     """Markdown of the finished runs of this dataset, scale and length."""
-    runs = {name: finished_runs(cfg, name, lines) for name in cfg.names}
-    runs = {name: found for name, found in runs.items() if found}
-    if not runs:
+    ended = {name: ended_runs(cfg, name, lines) for name in cfg.names}
+    runs = {name: [run for run in ended[name] if "error" not in run] for name in cfg.names}
+    if not any(runs.values()):
         raise UsageError(
             f"--results {cfg.results} has no finished run of --dataset {cfg.dataset} at --scale "
             f"{cfg.scale}: run the same command without --table"
         )
-    costs = {name: c for name, c in known_costs(cfg, lines, runs).items() if name in runs}
+    shown = [name for name, found in runs.items() if found]
+    costs = {name: c for name, c in known_costs(cfg, lines, shown).items() if name in shown}
     time_of = {name: c * runs[name][0]["curve"][-1]["step"] for name, c in costs.items()}
     quickest = min(time_of, key=time_of.get, default="")
-    heads = ["system", "n"]
+    heads = ["system", "lr, wd, tau", "n"]
     for kind in ("online", "target"):
         heads += [f"kNN {kind}", "at equal time", "linear, top-1 / top-5"]
     rows = [[*heads, "cost", "seconds", "published"], ["---"] * (len(heads) + 3)]
     for name, found in runs.items():
-        row = [name, str(len(found))]
+        lost = len(ended[name]) - len(found)
+        if not found:
+            rows += [[name, "", f"0, {lost} diverged"] + [""] * 9] * (lost > 0)
+            continue
+        used = found[0]["settings"]
+        recipe_of = (f"{used[k]:g}" for k in ("lr", "weight_decay", "tau"))
+        row = [name, ", ".join(recipe_of), str(len(found)) + f", {lost} diverged" * (lost > 0)]
         for kind, key in (("online", "knn"), ("target", "knn_target")):
             row.append(spread([run["curve"][-1][key] for run in found if key in run["curve"][-1]]))
             at = time_of[quickest] / costs[name] if name in costs else -1  # in steps
@@ -412,17 +420,19 @@ def table(cfg: CompareConfig, lines: list[dict]) -> str:
         row.append(f"{mean(run['seconds'] for run in found):.0f}")
         rows.append([*row, PUBLISHED.get(Path(cfg.dataset).name, {}).get(name, "")])
     text = "\n".join("| " + " | ".join(row) + " |" for row in rows)
-    one = next(iter(runs.values()))[0]
+    one = next(found for found in runs.values() if found)[0]
     return (
         f"{text}\n\n{cfg.dataset}, {one['images']} images, {one['settings']['epochs']} epochs, "
         f"{one['settings']['arch']} of width {one['settings']['width']}, probe {one['probe']}, "
-        f"{one['machine']['device']}. Equal time: when {quickest or 'the quickest'} ends its "
-        "schedule. Cost: of a step, not compiled, in fast-moco's. Seconds: wall time with the "
-        "monitor. Published: other recipes, named at PUBLISHED in related/compare.py."
+        f"{one['machine']['device']}. lr, wd, tau: of the source, nothing tuned for this length; "
+        f"BYOL, SimSiam and HARL have no tau. Equal time: when {quickest or 'the quickest'} ends "
+        "its schedule, the others being in the middle of theirs, at a high learning rate: a lower "
+        "bound. Cost: of a step, not compiled, in fast-moco's. Seconds: wall time with the monitor "
+        "and SACL's textures. Published: other recipes, named at PUBLISHED in related/compare.py."
     )
 
 
-def finished_runs(cfg: CompareConfig, name: str, lines: list[dict]) -> list[dict]:
+def ended_runs(cfg: CompareConfig, name: str, lines: list[dict]) -> list[dict]:
     """The results of a system with the settings that it has now, one for each seed."""
     mine = {line["seed"]: line for line in lines if line.get("method") == name
             and line["run"] == run_config(cfg, name, line["seed"])[0]}  # fmt: skip
@@ -436,8 +446,7 @@ def knn_at(runs: list[dict], at: float, key: str) -> list[float]:
         points = [(p["step"], p[key]) for p in run["curve"] if key in p]
         for (a, first), (b, second) in itertools.pairwise(points):
             if a <= at <= b or at > b == points[-1][0]:  # rounding may place its own end behind it
-                at = min(at, b)
-                figures.append(first + (second - first) * (at - a) / (b - a))
+                figures.append(first + (second - first) * (min(at, b) - a) / (b - a))
                 break
     return figures
 

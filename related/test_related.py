@@ -4,6 +4,7 @@ python -m pytest related
 """
 
 import contextlib
+import dataclasses
 import functools
 import io
 import itertools
@@ -713,7 +714,7 @@ def test_a_comparison_goes_on_run_by_run_and_prints_its_table(
     assert "going on at step 3 of 6" in shown and shown.count("finished: step 6 of 6") == 4
     before = (tmp_path / "compare.jsonl").read_text()
     compare.main(flags)
-    assert capsys.readouterr().out.count("finished before") == 4
+    assert capsys.readouterr().out.count("it is run again") == 4
     assert (tmp_path / "compare.jsonl").read_text() == before
     costs, *lines = results_of(tmp_path)
     assert set(costs["cost"]) == {"fast-moco", "pirl"} and min(costs["cost"].values()) > 0
@@ -745,11 +746,13 @@ def test_the_table_reads_equal_time_off_the_curves_and_keeps_published_figures_a
         linear = {"online": {"top1": 40.0 + seed, "top5": 70.0}}
         line = {"run": key, "method": name, "seed": seed, "curve": curve, "linear": linear}
         line |= {"images": 50000, "probe": "lbfgs", "seconds": 100, "machine": {"device": "CPU"}}
-        lines.append(line | {"settings": {"epochs": 10, "arch": "resnet18", "width": 16}})
+        lines.append(line | {"settings": dataclasses.asdict(run)})
+    key, _ = compare.run_config(cfg, "byol", 0)
+    lines.append({"run": key, "method": "byol", "seed": 0, "error": "the loss was not finite"})
     other = {"run": "cifar100-cpu-10/fast-moco-000000-2", "seed": 2}  # with other settings
     text = compare.table(cfg, [*lines, lines[1] | other])
-    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in text.splitlines()[:4]]
-    fast, simclr = (
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in text.splitlines()[:5]]
+    fast, simclr, byol = (
         {head: cell for head, cell in reversed([*zip(rows[0], row, strict=True)]) if cell}
         for row in rows[2:]
     )  # of columns with one name the first
@@ -758,7 +761,9 @@ def test_the_table_reads_equal_time_off_the_curves_and_keeps_published_figures_a
     assert fast["linear, top-1 / top-5"] == "40.50 ± 0.71 / 70.00 ± 0.00"
     assert fast["cost"] == "1.00" and simclr["cost"] == "0.50"
     assert fast["published"] == "61.39 (003)" and "21.26 (T3)" in simclr["published"]
+    assert fast["lr, wd, tau"] == "0.1, 0.0001, 0.2"
     assert "kNN target" not in simclr
+    assert byol == {"system": "byol", "n": "0, 1 diverged"}
 
 
 def test_each_system_of_the_comparison_is_built_with_its_own_settings():
@@ -802,7 +807,8 @@ def test_a_diverged_run_is_told_and_the_others_go_on(small_scale, folder, tmp_pa
     with pytest.raises(SystemExit) as stop:
         compare.main(flags_for(folder, tmp_path, "--methods", "simclr,byol", "--epochs", "1"))
     assert stop.value.code == 1
-    assert [line.get("method") for line in results_of(tmp_path)] == [None, "byol"]
+    _, lost, kept = results_of(tmp_path)
+    assert (lost["method"], kept["method"]) == ("simclr", "byol") and "the loss is" in lost["error"]
 
 
 def test_the_command_line_refuses_in_sentences(tmp_path):
