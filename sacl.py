@@ -732,9 +732,7 @@ def load_data(cfg: Config, split: str) -> Images | None:
             f"and {root}/val/<class>/, or name another --data-dir"
         )
     if not root.is_dir():
-        raise UsageError(
-            f"--dataset {cfg.dataset}: neither a folder nor one of {', '.join(DATASETS)}"
-        )
+        raise UsageError(f"--dataset {cfg.dataset}: no folder, nor one of {', '.join(DATASETS)}")
     if split == "train":
         return read_folder(root, cfg)
     return None
@@ -766,11 +764,7 @@ def read_folder(folder: Path, cfg: Config) -> Images:
 
 def read_archive(cfg: Config, split: str) -> Images:
     """CIFAR or STL-10 by torchvision: files found anywhere under --data-dir, or downloaded."""
-    kind = {
-        "cifar10": torchvision.datasets.CIFAR10,
-        "cifar100": torchvision.datasets.CIFAR100,
-        "stl10": torchvision.datasets.STL10,
-    }[cfg.dataset]
+    kind = getattr(torchvision.datasets, cfg.dataset.upper())
     stl10_part = cfg.stl10_split if split == "train" else "test"
     part = {"split": stl10_part} if cfg.dataset == "stl10" else {"train": split == "train"}
     marker = {"cifar10": "data_batch_1", "cifar100": "meta", "stl10": "train_X.bin"}[cfg.dataset]
@@ -1065,7 +1059,7 @@ def train(cfg: Config | None = None, build: Callable[[Config], nn.Module] = SACL
     """
     cfg, began = cfg or Config(), time.perf_counter()
     device, rank, world = setup()
-    dtype = precision(cfg, device)
+    dtype = training_precision(cfg, device)
     with rank_zero_first():
         train_set, test_set = load_data(cfg, "train"), load_data(cfg, "test")
     check_classes(train_set, test_set)
@@ -1195,6 +1189,20 @@ def precision(cfg: Config, device: torch.device) -> torch.dtype:
     if cfg.amp == "bf16" and not native:
         print("--amp bf16: this hardware emulates bf16, slowly", flush=True)
     return chosen[cfg.amp]
+
+
+def training_precision(cfg: Config, device: torch.device) -> torch.dtype:
+    """The same, but float32 where oneDNN's gradients in bf16 are wrong (seen with torch 2.15).
+
+    Those of 3x3 weights at stride 2 hold what was in memory where the maps are of 1 x 1 pixels.
+    """
+    dtype, cell = precision(cfg, device), cfg.image_size // cfg.grid
+    dots = cell <= (4 if cfg.stem == "cifar" else 16)  # what the last stage is given
+    if device.type == "cuda" or dtype != torch.bfloat16 or not dots:
+        return dtype
+    if cfg.amp == "bf16":
+        raise UsageError(f"--amp bf16: wrong on a CPU for cells of {cell} px; use --amp auto, off")
+    return torch.float32
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
@@ -1518,8 +1526,8 @@ def describe_machine(device: torch.device, dtype: torch.dtype) -> dict[str, str 
 
     try:
         revision = git("describe", "--always", "--abbrev=12")
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
-        revision += "-dirty" * bool(changed)  # changed results are not another program
+        # changed results are not another program
+        revision += "-dirty" * bool(git("status", "--porcelain", "-uno", "--", "*.py"))
     except (OSError, subprocess.TimeoutExpired):
         revision = ""
     cuda = device.type == "cuda"

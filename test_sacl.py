@@ -671,6 +671,26 @@ def test_auto_precision_is_bf16_only_where_a_gpu_has_it(monkeypatch, capability,
     assert sacl.precision(tiny(amp="auto"), torch.device("cuda")) == dtype
 
 
+@pytest.mark.parametrize(
+    "size, stem, right",
+    [(16, "cifar", True), (8, "cifar", False), (34, "imagenet", True), (32, "imagenet", False)],
+)
+def test_bf16_is_not_trained_with_where_a_cpus_gradients_are_wrong(size, stem, right, monkeypatch):
+    """At stride 2 on maps of 1 x 1, that is."""
+    cpu, cfg = torch.device("cpu"), tiny(amp="auto", image_size=size, stem=stem)
+    monkeypatch.setattr(sacl, "precision", lambda cfg, device: torch.bfloat16)
+    assert (sacl.training_precision(cfg, cpu) == torch.bfloat16) == right
+    assert sacl.training_precision(cfg, torch.device("cuda")) == torch.bfloat16
+    maps = []
+    encoder = sacl.SEResNet("resnet18", "none", 16, stem, 2)
+    encoder.layer4[0].conv1.register_forward_hook(lambda conv, x, y: maps.append(x[0].shape[-1]))
+    encoder(torch.rand(2, 3, size // 2, size // 2))
+    assert (maps == [1]) != right
+    if not right:
+        with pytest.raises(UsageError, match="--amp bf16"):
+            sacl.training_precision(dataclasses.replace(cfg, amp="bf16"), cpu)
+
+
 # ------------------------------------------------------------ runs
 
 
@@ -883,7 +903,7 @@ def test_a_run_in_another_precision_goes_on_in_fp16(folder, tmp_path):
 
 
 def test_missing_empty_and_corrupt_images_are_refused_by_name(folder, tmp_path):
-    assert "neither a folder nor one of" in refused("--dataset", "cifar1000")
+    assert "no folder, nor one of" in refused("--dataset", "cifar1000")
     (tmp_path / "empty").mkdir()
     assert "no images" in refused("--dataset", tmp_path / "empty")
     assert "imagenet100" in refused("--dataset", "imagenet100", "--data-dir", tmp_path)
