@@ -66,6 +66,7 @@ def tables(epochs: int) -> dict[str, dict[str, dict]]:
     """What the rows of each table change, by label; `epochs` are those of the other runs."""
     momenta = (0.5, 0.6, 0.7, 0.8, 0.9, 0.99, 0.999, 1.0)
     warmup = dict(warmup_epochs=max(1, round(epochs / 20)))  # as 10 are of 200
+    warm = "warmup_epochs" in sacl.PRESETS["tuned"]  # then a short run has its share
     one = {f"{k} {v}": {k: v} for k, values in CANDIDATES.items() for v in values}
     textures = {
         "negative, alpha 1": {},
@@ -83,7 +84,7 @@ def tables(epochs: int) -> dict[str, dict[str, dict]]:
         "texture": textures,
         "grid": {"2 x 2 cells": dict(knn_every=1), "no grid": dict(grid=1, combine=1, knn_every=1)},
         "encoder": {"all": {}},  # three rows of the same runs
-        "recipe": {"paper": {}, "tuned": dict(recipe="tuned", **warmup)},
+        "recipe": {"paper": {}, "tuned": dict(recipe="tuned", **warmup if warm else {})},
         "tuned": {"paper": {}, "warm-up": warmup, **one},
     }
 
@@ -263,7 +264,8 @@ def run(table: str, label: str, cfg: Config, known: dict, args) -> dict | None:
 
 def same(line: dict, cfg: Config, known: dict) -> bool:
     """Whether a line is of a run with these settings, in all that changes what is learned."""
-    free = set(sacl.Run.FREE) - {"knn_every"}  # how often it is monitored is its curve
+    # how often it is monitored is its curve; a recipe is but the settings that it implies
+    free = {*sacl.Run.FREE, "recipe"} - {"knn_every"}
     then, now = line["settings"], comparable(cfg)
     return all(line[name] == value for name, value in known.items()) and all(
         then.get(name, getattr(Config, name)) == value

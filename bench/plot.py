@@ -15,8 +15,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 SHIFTS = ("texture", "shuffle_4x4", "low_pass", "silhouette", "corruption_mean", "shape_share")
 NO_SETTINGS = (  # of a result, or such as scale_of shows
-    "seed", "dataset", "data_dir", "output_dir", "texture_bank", "amp", "compile", "workers",
-    "resume", "knn_every", "print_every", "max_steps", "max_hours", "epochs", "batch_size",
+    "seed", "recipe", "dataset", "data_dir", "output_dir", "texture_bank", "amp", "compile",
+    "workers", "resume", "knn_every", "print_every", "max_steps", "max_hours", "epochs",
+    "batch_size",
 )  # fmt: skip
 MORE = {"table6": ("spread",), "texture": SHIFTS}  # columns beside accuracy
 

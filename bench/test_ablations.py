@@ -184,6 +184,25 @@ def test_the_table_is_mean_and_deviation_of_the_lines_beside_the_papers_figure(t
     text = capsys.readouterr().out
     assert "(cpu: " + scale.format(100).removesuffix(" |") + ")" in text
     assert "| m = 0.5 | 0.00 (imagenet100) | 7.00 | 2.00 | 0.50 | 1 | cpu |" in text
+    lines = sacl.read_log(file)  # of one row, but not repetitions of one run
+    lines[1]["settings"]["crop_min"] = 0.08
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    ablations.main(["table6", "--table", "--file", str(file)])
+    text = capsys.readouterr().out
+    assert "| 18.00 | 13.00 | 0.50 | 1 | cpu; crop_min 0.2 |" in text
+    assert "| 22.00 | 17.00 | 0.50 | 1 | cpu; crop_min 0.08 |" in text
+
+
+def test_a_recipe_is_the_settings_that_it_implies():
+    """So that the search's runs serve the table that compares recipes."""
+    varied = ablations.tables(8)["recipe"]["tuned"]
+    tuned = sacl.Config(dataset="cifar100", epochs=8, **varied)
+    spelled = {k: getattr(tuned, k) for k in {**sacl.PRESETS["tuned"], **varied}}
+    spelled = sacl.Config(dataset="cifar100", epochs=8, **spelled | {"recipe": "paper"})
+    line = {"settings": ablations.comparable(spelled), "scale": "cpu"}
+    assert ablations.same(line, tuned, {"scale": "cpu"})
+    other = dataclasses.replace(tuned, tau=0.7)
+    assert not ablations.same(line, other, {"scale": "cpu"})
 
 
 def test_every_table_of_the_paper_has_a_row_for_each_of_its_figures():
