@@ -654,7 +654,7 @@ def test_a_given_flag_always_wins_over_what_dataset_and_recipe_imply():
     assert sacl.parse_config(["--dataset", "imagenet100", "--epochs", "200"]).epochs == 200
     assert sacl.parse_config(["--recipe", "tuned"]).given == {"recipe"}
     tuned = Config(dataset="cifar10", recipe="tuned", weight_decay=1e-4)
-    assert tuned.weight_decay == 1e-4 and tuned.warmup_epochs == 10
+    assert tuned.weight_decay == 1e-4 and tuned.m_schedule == "cosine"
 
 
 def test_learning_rate_rises_linearly_and_falls_by_a_cosine():
