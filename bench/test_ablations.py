@@ -233,6 +233,10 @@ def test_rows_are_chosen_by_their_labels_and_others_refused(monkeypatch, tmp_pat
     file = ["--file", str(tmp_path / "a.jsonl"), "--work", str(tmp_path)]
     ablations.main(["texture", "--rows", "none", "positive", *file])
     assert labels == ["none", "positive"] * 2  # two seeds
+    labels.clear()
+    monkeypatch.setattr(ablations, "split", lambda *_: "cifar100")
+    ablations.main(["tuned", "--rows", "tau 0.1", *file])  # with nothing to be compared with
+    assert labels == ["tau 0.1"] * 2
     with pytest.raises(SystemExit):
         ablations.main(["texture", "--rows", "nought", *file])
     assert "'nought'" in capsys.readouterr().err
