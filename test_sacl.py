@@ -972,8 +972,8 @@ def test_linear_evaluation_separates_classes_and_leaves_the_encoder_untouched(fo
     sacl.train(tiny(folder, output_dir=str(tmp_path / "a"), epochs=1))
     before = (tmp_path / "a" / "backbone.pth").read_bytes()
     given = dict(source=str(tmp_path / "a"), batch_size=16, workers=0)
-    for probe in ("lbfgs", "lars"):  # a step of LARS is lr / 1000 of the weights' norm: 60 are few
-        cfg = eval_linear.ProbeConfig(probe=probe, epochs=20, lr=50, **given)
+    for probe in ("lbfgs", "lars"):  # a step of LARS is lr / 1000 of the weights' norm
+        cfg = eval_linear.ProbeConfig(probe=probe, epochs=60, lr=50, **given)  # 180 steps
         result = eval_linear.evaluate(cfg)
         assert result["top1"] == 100 and result["test_images"] == 24
     assert (tmp_path / "a" / "backbone.pth").read_bytes() == before
