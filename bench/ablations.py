@@ -46,7 +46,7 @@ from sacl import Config, UsageError
 # ------------------------------------------------------------ what is run
 
 SCALES = {  # settings, and how many training images at most
-    "cpu": (dict(arch="resnet18", width=16, dim=256, epochs=4, knn_every=1000), 7_500),
+    "cpu": (dict(arch="resnet18", width=16, dim=256, epochs=3, knn_every=1000), 7_500),
     "gpu": ({}, None),  # the paper's
 }
 ENCODERS = {"online": {}, "recalibrated": {"recalibrate_bn": True}, "target": {"encoder": "target"}}
