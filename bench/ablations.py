@@ -66,7 +66,6 @@ def tables(epochs: int) -> dict[str, dict[str, dict]]:
     """What the rows of each table change, by label; `epochs` are those of the other runs."""
     momenta = (0.5, 0.6, 0.7, 0.8, 0.9, 0.99, 0.999, 1.0)
     warmup = dict(warmup_epochs=max(1, round(epochs / 20)))  # as 10 are of 200
-    warm = "warmup_epochs" in sacl.PRESETS["tuned"]  # then a short run has its share
     one = {f"{k} {v}": {k: v} for k, values in CANDIDATES.items() for v in values}
     textures = {
         "negative, alpha 1": {},
@@ -84,7 +83,7 @@ def tables(epochs: int) -> dict[str, dict[str, dict]]:
         "texture": textures,
         "grid": {"2 x 2 cells": dict(knn_every=1), "no grid": dict(grid=1, combine=1, knn_every=1)},
         "encoder": {"all": {}},  # three rows of the same runs
-        "recipe": {"paper": {}, "tuned": dict(recipe="tuned", **warmup if warm else {})},
+        "recipe": {"paper": {}, "tuned": dict(recipe="tuned")},
         "tuned": {"paper": {}, "warm-up": warmup, **one},
     }
 
@@ -107,8 +106,8 @@ def base_settings(scale: str, dataset: str, given: dict) -> dict:
     """What all runs have in common: the scale's settings, then those of the command line."""
     if dataset == "shapes":  # small as it is, at either scale
         return {"epochs": 3 if scale == "cpu" else sacl.PRESETS["shapes"]["epochs"]} | given
-    sizes = {"cifar10": (32, 200), "cifar100": (32, 200), "stl10": (96, 200)}
-    size, epochs = (sizes | {"imagenet100": (224, 100)}).get(Path(dataset).name, (224, 200))
+    size = {"cifar10": 32, "cifar100": 32, "stl10": 96}.get(Path(dataset).name, 224)
+    epochs = 100 if Path(dataset).name == "imagenet100" else 200
     return {"image_size": size, "epochs": epochs} | SCALES[scale][0] | given
 
 

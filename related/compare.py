@@ -37,7 +37,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, median
 from typing import Literal, NamedTuple
 
 if not __package__:  # python related/compare.py: imports are looked for in related/ only
@@ -48,6 +48,7 @@ from torch import Tensor
 
 import eval_linear
 import sacl
+from bench.plot import mean_std, rows_of
 from related.baselines import BYOL, PIRL, MoCoV2, SimCLR, SimSiam
 from related.harl import HARL, make_masks
 from related.mining import PotentialSamples
@@ -398,7 +399,7 @@ def table(cfg: CompareConfig, lines: list[dict]) -> str:
     heads = ["system", "lr, wd, tau", "n"]
     for kind in ("online", "target"):
         heads += [f"kNN {kind}", "at equal time", "linear, top-1 / top-5"]
-    rows = [[*heads, "cost", "seconds", "published"], ["---"] * (len(heads) + 3)]
+    rows = [[*heads, "cost", "seconds", "published"]]
     for name, found in runs.items():
         lost = len(ended[name]) - len(found)
         if not found:
@@ -408,21 +409,21 @@ def table(cfg: CompareConfig, lines: list[dict]) -> str:
         recipe_of = (f"{used[k]:g}" for k in ("lr", "weight_decay", "tau"))
         row = [name, ", ".join(recipe_of), str(len(found)) + f", {lost} diverged" * (lost > 0)]
         for kind, key in (("online", "knn"), ("target", "knn_target")):
-            row.append(spread([run["curve"][-1][key] for run in found if key in run["curve"][-1]]))
+            row.append(mean_std(run["curve"][-1].get(key) for run in found))
             at = time_of[quickest] / costs[name] if name in costs else -1  # in steps
-            row.append(spread(knn_at(found, at, key)))
+            row.append(mean_std(knn_at(found, at, key)))
             probes = [run["linear"][kind] for run in found if kind in run["linear"]]
             row.append(
-                " / ".join(spread([p[k] for p in probes]) for k in ("top1", "top5") if probes)
+                " / ".join(mean_std([p[k] for p in probes]) for k in ("top1", "top5") if probes)
             )
         relative = "fast-moco" in costs and name in costs
         row.append(f"{costs[name] / costs['fast-moco']:.2f}" if relative else "")
         row.append(f"{mean(run['seconds'] for run in found):.0f}")
         rows.append([*row, PUBLISHED.get(Path(cfg.dataset).name, {}).get(name, "")])
-    text = "\n".join("| " + " | ".join(row) + " |" for row in rows)
     one = next(found for found in runs.values() if found)[0]
     return (
-        f"{text}\n\n{cfg.dataset}, {one['images']} images, {one['settings']['epochs']} epochs, "
+        f"{rows_of(rows)}\n\n"
+        f"{cfg.dataset}, {one['images']} images, {one['settings']['epochs']} epochs, "
         f"{one['settings']['arch']} of width {one['settings']['width']}, probe {one['probe']}, "
         f"{one['machine']['device']}. lr, wd, tau: of the source, nothing tuned for this length; "
         f"BYOL, SimSiam and HARL have no tau. Equal time: when {quickest or 'the quickest'} ends "
@@ -449,13 +450,6 @@ def knn_at(runs: list[dict], at: float, key: str) -> list[float]:
                 figures.append(first + (second - first) * (min(at, b) - a) / (b - a))
                 break
     return figures
-
-
-def spread(figures: list[float]) -> str:
-    """Their mean, and from two on their standard deviation; nothing of nothing."""
-    if not figures:
-        return ""
-    return f"{mean(figures):.2f}" + (f" ± {stdev(figures):.2f}" if len(figures) > 1 else "")
 
 
 if __name__ == "__main__":
