@@ -1531,12 +1531,14 @@ def describe_machine(device: torch.device, dtype: torch.dtype) -> dict[str, str 
         revision += "-dirty" * bool(git("status", "--porcelain", "-uno", "--", "*.py"))
     except (OSError, subprocess.TimeoutExpired):
         revision = ""
-    cuda = device.type == "cuda"
+    info = Path("/proc/cpuinfo")  # of Linux
+    cpu = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
-        "device": torch.cuda.get_device_name(device) if cuda else f"CPU {platform.machine()}",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "cpu": cpu[1] if cpu else platform.machine(),
         "processes": dist.get_world_size() if distributed() else 1,
         "threads": torch.get_num_threads(),
         "precision": str(dtype).removeprefix("torch."),

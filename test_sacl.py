@@ -746,7 +746,7 @@ def test_the_log_begins_with_settings_versions_hardware_and_revision(folder, tmp
     sacl.train(cfg)
     first, untrained, *_ = map(json.loads, (tmp_path / "a" / "log.jsonl").read_text().splitlines())
     assert Config(**first["settings"]) == cfg
-    assert {"python", "torch", "device", "precision", "git"} <= set(first["machine"])
+    assert {"python", "torch", "device", "cpu", "precision", "git"} <= set(first["machine"])
     assert {"knn", "knn_target", "pixels"} <= set(untrained) and untrained["pixels"] == 100
     assert json.loads((tmp_path / "a" / "config.json").read_text()) == first["settings"]
 

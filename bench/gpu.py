@@ -114,7 +114,7 @@ def environment(tiny: bool) -> dict:
     """The machine, and the rates that bound a step's time from below."""
     device, _, _ = sacl.setup()
     cuda = device.type == "cuda"
-    facts = dict(sacl.describe_machine(device, torch.bfloat16), cpu=bench_step.cpu_model())
+    facts = sacl.describe_machine(device, torch.bfloat16)
     if cuda:
         query = "--query-gpu=name,driver_version,memory.total,clocks.sm,clocks.mem,power.limit"
         line = ["nvidia-smi", query, "--format=csv,noheader"]

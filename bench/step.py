@@ -505,7 +505,7 @@ def run(args: argparse.Namespace, device: torch.device) -> dict:
     given = dict(arch=args.arch, width=args.width, image_size=args.size, dim=args.dim)
     given = {k: v for k, v in (given | dict(batch_size=args.batch)).items() if v}
     cfg = sacl.Config(**JOBS[args.job] | given)
-    machine = sacl.describe_machine(device, torch.float32) | dict(cpu=cpu_model())
+    machine = sacl.describe_machine(device, torch.float32)
     del machine["precision"]  # each row has its own
     installed = {d.name: d.version for d in importlib.metadata.distributions()}
     machine |= {k: installed[k] for k in ("lightly", "solo-learn") if k in installed}
@@ -552,12 +552,6 @@ def report(args: argparse.Namespace, cfg: sacl.Config, machine: dict, rows: list
 def save(args: argparse.Namespace, content: dict | list) -> None:
     if args.json:
         sacl.write(Path(args.json), (json.dumps(content, indent=1) + "\n").encode())
-
-
-def cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "")
 
 
 def main(argv: list[str] | None = None) -> None:

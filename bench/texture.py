@@ -15,7 +15,6 @@ import datetime
 import functools
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -28,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import sacl
 import texture as tx
 
 BATCH = 128
@@ -325,13 +325,6 @@ def pick_images(data_dir: str | None, count: int) -> tuple[Tensor, str]:
     return torch.cat([folder[i : i + 1] for i in some]), "CIFAR-100, training images"
 
 
-def cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
 def table(title: str, rows: list[dict]) -> None:
     columns = [key for key in rows[0] if not key.endswith("_sd")]
     cells = [
@@ -352,13 +345,14 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     images, what = pick_images(args.data_dir, args.images)
+    machine = sacl.describe_machine(torch.device("cpu"), torch.float32)
     report = dict(
         command="python bench/texture.py " + " ".join(argv or sys.argv[1:]),
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         seed=args.seed,
         images=what,
         n=args.images,
-        hardware=cpu_model() + ", one thread",
+        hardware=machine["cpu"] + ", one thread",
         torch=torch.__version__,
         load_average_before=os.getloadavg()[0],
         speed=speed(images[:BATCH]),
