@@ -6,9 +6,10 @@
     python bench/figures.py curves RUN_DIR...                           loss and kNN of runs
     python bench/figures.py fig7                                        by temperature (Fig. 7)
     python bench/figures.py grid                                        with the grid and without
+    python bench/figures.py compare --dataset cifar100                  SACL among other systems
 
-The last two are drawn from what bench/ablations.py left in --file. Each writes
-results/figure-<name>.png, or --out.
+The last three are drawn from what bench/ablations.py and related/compare.py left in --file. Each
+writes results/figure-<name>.png, or --out.
 """
 
 import argparse
@@ -27,6 +28,7 @@ import eval_linear
 import sacl
 from bench import plot
 from bench.plot import INK
+from related.compare import CompareConfig, ended_runs, known_costs
 from sacl import UsageError
 
 RIGHT, WRONG = "#009e73", "#d55e00"  # frames of neighbours
@@ -233,6 +235,34 @@ def grid(args: argparse.Namespace) -> list[dict]:
     return panels
 
 
+def compare(args: argparse.Namespace) -> list[dict]:
+    """kNN accuracy of SACL and the other systems, by epochs and by what their steps cost."""
+    cfg = CompareConfig(dataset=args.dataset, results=str(args.file))
+    lines = sacl.read_log(args.file)
+    runs = {name: ended_runs(cfg, name, lines) for name in cfg.names}
+    runs = {name: [x for x in found if "error" not in x] for name, found in runs.items()}
+    runs = {name: found for name, found in runs.items() if found}
+    costs = known_costs(cfg, lines, ["fast-moco", *runs])
+    if not runs or not costs:
+        raise UsageError(
+            f"--file {args.file} has no runs and costs of --dataset {args.dataset}: python "
+            f"related/compare.py --dataset {args.dataset}"
+        )
+    title = f"kNN accuracy, per cent, {args.dataset}"
+    equal = {"title": title, "x": "epochs", "lines": {}}
+    cost = {"title": title, "x": "cost, in epochs of fast-moco", "lines": {}}
+    for name, found in runs.items():
+        epochs: dict[float, list[float]] = {}
+        for run in found:
+            steps = run["curve"][-1]["step"] / run["settings"]["epochs"]  # of an epoch
+            for at in run["curve"]:
+                epochs.setdefault(at["step"] / steps, []).append(at["knn"])
+        share = costs[name] / costs["fast-moco"]
+        equal["lines"][name] = averaged(epochs)
+        cost["lines"][name] = averaged({x * share: ys for x, ys in epochs.items()})
+    return [equal, cost]
+
+
 def lines_of(table: str, args: argparse.Namespace) -> list[dict]:
     """Finished runs of a table, all of the scale of the last of them."""
     lines = [x for x in sacl.read_log(args.file) if table in x["rows"] and "error" not in x]
@@ -264,7 +294,7 @@ def averaged(row: dict[float, list[float]]) -> list[tuple[float, float, float]]:
 # ------------------------------------------------------------ command line
 
 PICTURES = {"views": views, "cells": cells, "neighbours": neighbours}
-CHARTS = {"curves": curves, "fig7": fig7, "grid": grid}
+CHARTS = {"curves": curves, "fig7": fig7, "grid": grid, "compare": compare}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -276,9 +306,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--encoder", choices=("online", "target"), default="online")
     parser.add_argument("--count", type=int, default=8, help="images in a row [8]")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--file", type=Path, default=Path("results/ablations.jsonl"))
+    parser.add_argument("--file", type=Path, help="[results/ablations.jsonl or compare.jsonl]")
     parser.add_argument("--out", type=Path, help="[results/figure-<name>.png]")
     args = parser.parse_args(argv)
+    source = "compare" if args.name == "compare" else "ablations"
+    args.file = args.file or Path("results", f"{source}.jsonl")
     out = args.out or Path("results", f"figure-{args.name}.png")
     try:
         if args.count < 1:

@@ -146,7 +146,10 @@ def rows_of(cells: list[list[str]]) -> str:
 # ------------------------------------------------------------ charts
 
 INK, GRID = "#222222", "#dddddd"
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000")
+COLOURS = (
+    "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000",
+    "#5e3c99", "#8c510a", "#66c400",
+)  # fmt: skip
 FINE = 3  # drawn so many times larger, then reduced: Pillow's lines are not smoothed
 WIDTH, HEIGHT = 440, 300  # of a panel
 LEFT, RIGHT, TOP, BOTTOM = 62, 18, 34, 46  # its margins
@@ -164,16 +167,17 @@ def chart(panels: list[dict], path: str | Path) -> None:
     """
     names = list(dict.fromkeys(name for panel in panels for name in panel["lines"]))
     colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
-    legend = 22 * len(names) + 10
+    rows = len(names) if len(names) <= 4 else math.ceil(len(names) / len(panels))  # of the legend
+    legend = 22 * rows + 10
     size = WIDTH * len(panels) * FINE, (HEIGHT + legend) * FINE
     image = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(image)
     for i, panel in enumerate(panels):
         draw_panel(draw, panel, i * WIDTH, colours)
     for i, name in enumerate(names):
-        y = (HEIGHT + 22 * i + 8) * FINE
-        draw.line([LEFT * FINE, y, (LEFT + 28) * FINE, y], colours[name], 2 * FINE)
-        draw.text(((LEFT + 38) * FINE, y), name, INK, font(12), anchor="lm")
+        x, y = LEFT + i // rows * WIDTH, (HEIGHT + 22 * (i % rows) + 8) * FINE
+        draw.line([x * FINE, y, (x + 28) * FINE, y], colours[name], 2 * FINE)
+        draw.text(((x + 38) * FINE, y), name, INK, font(12), anchor="lm")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     image.resize((size[0] // FINE, size[1] // FINE), Image.Resampling.LANCZOS).save(path)

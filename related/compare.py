@@ -384,7 +384,7 @@ def known_costs(cfg: CompareConfig, lines: list[dict], names) -> dict[str, float
 
 
 def table(cfg: CompareConfig, lines: list[dict]) -> str:
-    """Markdown of the finished runs of this dataset, scale and length."""
+    """Markdown of the finished runs of this dataset, scale and length, best linear top-1 first."""
     ended = {name: ended_runs(cfg, name, lines) for name in cfg.names}
     runs = {name: [run for run in ended[name] if "error" not in run] for name in cfg.names}
     if not any(runs.values()):
@@ -396,41 +396,54 @@ def table(cfg: CompareConfig, lines: list[dict]) -> str:
     costs = {name: c for name, c in known_costs(cfg, lines, shown).items() if name in shown}
     time_of = {name: c * runs[name][0]["curve"][-1]["step"] for name, c in costs.items()}
     quickest = min(time_of, key=time_of.get, default="")
-    heads = ["system", "lr, wd, tau", "n"]
-    for kind in ("online", "target"):
-        heads += [f"kNN {kind}", "at equal time", "linear, top-1 / top-5"]
-    rows = [[*heads, "cost", "seconds", "published"]]
-    for name, found in runs.items():
+    heads = ["linear, top-1 / top-5", "kNN", "kNN at equal time"]
+    rows = [["system", *heads, "n", "lr, wd, tau", "cost", "seconds", "published"]]
+    targets = [["system", *heads]]
+    for name, found in sorted(runs.items(), key=lambda item: -top1(item[1])):
         lost = len(ended[name]) - len(found)
+        count = str(len(found)) + f", {lost} diverged" * (lost > 0)
         if not found:
-            rows += [[name, "", f"0, {lost} diverged"] + [""] * 9] * (lost > 0)
+            rows += [[name, "", "", "", count, "", "", "", ""]] * (lost > 0)
             continue
-        used = found[0]["settings"]
-        recipe_of = (f"{used[k]:g}" for k in ("lr", "weight_decay", "tau"))
-        row = [name, ", ".join(recipe_of), str(len(found)) + f", {lost} diverged" * (lost > 0)]
-        for kind, key in (("online", "knn"), ("target", "knn_target")):
-            row.append(mean_std(run["curve"][-1].get(key) for run in found))
-            at = time_of[quickest] / costs[name] if name in costs else -1  # in steps
-            row.append(mean_std(knn_at(found, at, key)))
-            probes = [run["linear"][kind] for run in found if kind in run["linear"]]
-            row.append(
-                " / ".join(mean_std([p[k] for p in probes]) for k in ("top1", "top5") if probes)
-            )
-        relative = "fast-moco" in costs and name in costs
-        row.append(f"{costs[name] / costs['fast-moco']:.2f}" if relative else "")
-        row.append(f"{mean(run['seconds'] for run in found):.0f}")
-        rows.append([*row, PUBLISHED.get(Path(cfg.dataset).name, {}).get(name, "")])
+        at = time_of[quickest] / costs[name] if name in costs else -1  # in steps
+        used, relative = found[0]["settings"], "fast-moco" in costs and name in costs
+        own = (k for k in ("lr", "weight_decay", "tau") if k in SYSTEMS[name].settings)
+        more = [count, ", ".join(f"{used[k]:g}" for k in own)]
+        more.append(f"{costs[name] / costs['fast-moco']:.2f}" if relative else "")
+        more.append(f"{mean(run['seconds'] for run in found):.0f}")
+        more.append(PUBLISHED.get(Path(cfg.dataset).name, {}).get(name, ""))
+        rows.append([name, *figures(found, "online", at), *more])
+        if "target" in found[0]["linear"]:
+            targets.append([name, *figures(found, "target", at)])
     one = next(found for found in runs.values() if found)[0]
-    return (
-        f"{rows_of(rows)}\n\n"
+    ended_first = quickest or "the quickest"
+    about = (
         f"{cfg.dataset}, {one['images']} images, {one['settings']['epochs']} epochs, "
         f"{one['settings']['arch']} of width {one['settings']['width']}, probe {one['probe']}, "
-        f"{one['machine']['device']}. lr, wd, tau: of the source, nothing tuned for this length; "
-        f"BYOL, SimSiam and HARL have no tau. Equal time: when {quickest or 'the quickest'} ends "
-        "its schedule, the others being in the middle of theirs, at a high learning rate: a lower "
-        "bound. Cost: of a step, not compiled, in fast-moco's. Seconds: wall time with the monitor "
-        "and SACL's textures. Published: other recipes, named at PUBLISHED in related/compare.py."
-    )
+        f"{one['machine'].get('cpu', '')} {one['machine']['device']}. The online encoder. lr, wd, "
+        "tau: of the source, nothing tuned for this length. "
+        f"Equal time: when {ended_first} ends its schedule, the others being in the middle of "
+        "theirs, at a high learning rate: a lower bound. Cost: of a step, not compiled, in "
+        "fast-moco's. Seconds: wall time with the monitor and SACL's textures. Published: other "
+        "recipes, named at PUBLISHED in related/compare.py."
+    ).replace("  ", " ")
+    parts = [rows_of(rows), about]
+    if len(targets) > 1:
+        parts += ["The target encoder of the same runs:", rows_of(targets)]
+    return "\n\n".join(parts)
+
+
+def top1(runs: list[dict]) -> float:
+    return mean(run["linear"]["online"]["top1"] for run in runs) if runs else 0
+
+
+def figures(runs: list[dict], encoder: str, at: float) -> list[str]:
+    """Linear, kNN at the end and kNN after `at` steps of one system's runs, for the table."""
+    key = {"online": "knn", "target": "knn_target"}[encoder]
+    probes = [run["linear"][encoder] for run in runs]
+    linear = " / ".join(mean_std(probe[k] for probe in probes) for k in ("top1", "top5"))
+    last = mean_std(run["curve"][-1][key] for run in runs)
+    return [linear, last, mean_std(knn_at(runs, at, key))]
 
 
 def ended_runs(cfg: CompareConfig, name: str, lines: list[dict]) -> list[dict]:

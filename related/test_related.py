@@ -3,6 +3,7 @@
 python -m pytest related
 """
 
+import argparse
 import contextlib
 import dataclasses
 import functools
@@ -22,6 +23,7 @@ from torch import nn
 from torchvision.transforms import functional as TF
 
 import sacl
+from bench import figures
 from related import baselines, compare, harl, mining, multi_network
 from related.baselines import BYOL, PIRL, MoCoV2, SimCLR, SimSiam
 from related.harl import HARL
@@ -744,6 +746,9 @@ def test_the_table_reads_equal_time_off_the_curves_and_keeps_published_figures_a
         key, run = compare.run_config(cfg, name, seed)
         curve = [{"step": s, "knn": last * s / 400} for s in (0, 100, 400)]
         linear = {"online": {"top1": 40.0 + seed, "top5": 70.0}}
+        if name == "fast-moco":
+            linear["target"] = {"top1": 39.0 + seed, "top5": 69.0}
+            curve = [{**p, "knn_target": p["knn"] * (last - 1) / last} for p in curve]
         line = {"run": key, "method": name, "seed": seed, "curve": curve, "linear": linear}
         line |= {"images": 50000, "probe": "lbfgs", "seconds": 100, "machine": {"device": "CPU"}}
         lines.append(line | {"settings": dataclasses.asdict(run)})
@@ -751,19 +756,28 @@ def test_the_table_reads_equal_time_off_the_curves_and_keeps_published_figures_a
     lines.append({"run": key, "method": "byol", "seed": 0, "error": "the loss was not finite"})
     other = {"run": "cifar100-cpu-10/fast-moco-000000-2", "seed": 2}  # with other settings
     text = compare.table(cfg, [*lines, lines[1] | other])
-    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in text.splitlines()[:5]]
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in text.splitlines()]
     fast, simclr, byol = (
-        {head: cell for head, cell in reversed([*zip(rows[0], row, strict=True)]) if cell}
-        for row in rows[2:]
-    )  # of columns with one name the first
-    assert fast["n"] == "2" and fast["kNN online"] == "32.00 ± 2.83"
-    assert fast["at equal time"] == "16.00 ± 1.41" and simclr["at equal time"] == "20.00"
+        {head: cell for head, cell in zip(rows[0], row, strict=True) if cell} for row in rows[2:5]
+    )
+    assert fast["n"] == "2" and fast["kNN"] == "32.00 ± 2.83"
+    equal = "kNN at equal time"
+    assert fast[equal] == "16.00 ± 1.41" and simclr[equal] == "20.00"
     assert fast["linear, top-1 / top-5"] == "40.50 ± 0.71 / 70.00 ± 0.00"
     assert fast["cost"] == "1.00" and simclr["cost"] == "0.50"
     assert fast["published"] == "61.39 (003)" and "21.26 (T3)" in simclr["published"]
     assert fast["lr, wd, tau"] == "0.1, 0.0001, 0.2"
-    assert "kNN target" not in simclr
+    targets = text[text.index("target encoder") :]
+    assert "| fast-moco | 39.50 ± 0.71 / 69.00 ± 0.00 | 31.00 ± 2.83 |" in targets
+    assert "simclr" not in targets
     assert byol == {"system": "byol", "n": "0, 1 diverged"}
+    file = tmp_path / "r.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    epochs, cost = figures.compare(argparse.Namespace(dataset="cifar100", file=file))
+    assert epochs["lines"]["fast-moco"][-1][:2] == cost["lines"]["fast-moco"][-1][:2] == (10, 32)
+    assert epochs["lines"]["simclr"][-1] == (10, 20, 0) and cost["lines"]["simclr"][-1][0] == 5
+    with pytest.raises(UsageError, match="compare.py --dataset cifar10"):
+        figures.compare(argparse.Namespace(dataset="cifar10", file=file))
 
 
 def test_each_system_of_the_comparison_is_built_with_its_own_settings():
