@@ -362,7 +362,8 @@ def main(argv: list[str] | None = None) -> None:
             order = list(ENCODERS) if table == "encoder" else list(tables(1)[table])
             lines = [x for x in sacl.read_log(args.file) if table in x["rows"]]
             text = plot.markdown(table, lines, order, PAPER.get(table, {}), args.encoders[0])
-            print(f"\n{text}" if lines else f"no run of {table} is in {args.file}", flush=True)
+            text = text if lines else f"{table}: no run of it is in {args.file}"
+            print(f"\n{text}", flush=True)
     except UsageError as error:
         print(f"ablations.py: {error}", file=sys.stderr)
         sys.exit(2)
