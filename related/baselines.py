@@ -21,12 +21,13 @@ Sourced, [S: where it was read]
              with m <- unit(0.5 m + 0.5 v_I) [S: HobbitLong/PyContrast, akwasigroch's PIRL]
 Our reading
     Everyone has SACL's weak views and SACL's heads (projector with BatchNorm at its end, predictor
-    D, D / 4, D) where the sources differ in both; only PIRL keeps its own, for a bank of 50,000
-    rows wants narrow ones. Two-way losses are the mean of both ways; BYOL's has 1 added, so that 0
-    is its floor. MoCo v2's groups also hold for the BatchNorm of its heads, which its own lack; the
-    running statistics keep 0.9 of themselves a step, as everybody's. PIRL: InfoNCE for NCE, a 2 x 2
-    jigsaw by sacl.split for the 3 x 3 of 64 px crops, 4096 rows of the bank drawn anew each step
-    and shared by the batch, the image's own row left out.
+    D, D / 4, D), as SimSiam's are; BYOL's own have no BatchNorm at the projector's end and widen in
+    the predictor (256, 1024, 256 in lightly), which may matter to it. Only PIRL keeps its own, for
+    a bank of 50,000 rows wants narrow ones. Two-way losses are the mean of both ways; BYOL's has 1
+    added, so that 0 is its floor. MoCo v2's groups also hold for the BatchNorm of its heads, which
+    its own lack; the running statistics keep 0.9 of themselves a step, as everybody's. PIRL:
+    InfoNCE for NCE, a 2 x 2 jigsaw by sacl.split for the 3 x 3 of 64 px crops, 4096 rows of the
+    bank drawn anew each step and shared by the batch, the image's own row left out.
 """
 
 import sys

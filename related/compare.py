@@ -5,11 +5,12 @@
     python related/compare.py --dataset cifar100 --scale cpu --table    the results, as markdown
 
 The eleven are SACL, SACL without textures (fast-moco: Fast-MoCo with SE and SACL's recipe; its own
-tau is 1.0), the five baselines of
-Table 3, the three related methods, and HARL again in its InfoNCE form: the same kind of loss as
-SACL's, with parts of a view pooled by a mask where SACL combines cells. All have the same encoder,
-views, batch, schedule and, where the method allows, heads. What SYSTEMS names was taken from each
-method's sources before any run; nothing is chosen on the test set.
+tau is 1.0), the five baselines of Table 3, the three related methods, and HARL again in its InfoNCE
+form: the same kind of loss as SACL's, with parts of a view pooled by a mask where SACL combines
+cells. All have the same encoder, views, batch, schedule and heads, PIRL's heads excepted. What
+SYSTEMS names was fixed before any run, from each method's sources where they say it for CIFAR;
+nothing was tuned and nothing is chosen on the test set. So a difference between two rows is one of
+methods and recipes together.
 
 A finished run is one line of the results' file and is not done again; an unfinished one goes on
 from its folder. Runs may share the file and proceed side by side (--methods simclr,byol).
@@ -18,9 +19,9 @@ Equal time: the kNN of every system at the moment when the quickest one ends its
 the monitor's curve. The axis is steps times the cost of a step, which --cost measures for all
 systems in turns: process CPU seconds on a CPU, for wall time on a shared machine says more about
 the neighbours, and seconds on a GPU, without the compiler. The slower systems are read in the
-middle of their schedule, with the learning rate still high: a lower bound of what a schedule made
-for that time would give. Not in a step's cost: SACL's textures, made every 20 epochs (a minute of
-one CPU core for 50,000 images), and HARL's masks, made once.
+middle of their schedule, with the learning rate still high: a schedule made for that time would
+probably give more. Not in a step's cost: SACL's textures, made every 20 epochs (a minute of one CPU
+core for 50,000 images), and HARL's masks, made once.
 
 BatchNorm's running statistics, with which encoders are evaluated, are what each method's passes
 make them: of SACL's and fast-moco's online encoder those of cells alone, of PIRL's half and half,
@@ -90,7 +91,7 @@ SYSTEMS = {
         recipe(0.1, 1e-4, tau=0.2),
         dict(queue=4096, neighbours=5, weighting="both", keep=512, offset=0.0, lam=1.0, ramp=0.1),
     ),
-    "multi-network": System(  # 003, but for its clipping of gradients
+    "multi-network": System(  # 003, but for clipped gradients and the predictor's constant lr
         MultiNetwork, recipe(0.05, 1e-4, tau=1.0), dict(a=6.0, bank=16384, as_shipped=False)
     ),
     "harl": System(  # its alpha; ours: recipe as BYOL's
@@ -111,8 +112,9 @@ PROBES = {"cpu": dict(probe="lbfgs"), "gpu": dict(probe="lars")}
 
 # Linear top-1 unless said, from other encoders, sizes, epochs and recipes: anchors, never to be
 # mixed with our columns. T3: SACL's Table 3, 200 epochs. 003: README of liweiquan39/MNCLGLF,
-# ResNet-18, 224 px, by its configs 200 epochs. solo: solo-learn, ResNet-18, 1000 epochs. lightly:
-# its documentation, kNN, ResNet-18, 200 epochs. abstract: that method's own.
+# ResNet-18, 224 px, by its configs 200 epochs (SimSiam's: 100). solo: solo-learn, ResNet-18, 1000
+# epochs. lightly: its documentation, kNN, ResNet-18, 200 epochs. abstract: that method's own, top-1
+# by a protocol that it does not give.
 PUBLISHED = {
     "cifar100": {
         "sacl": "58.90 (T3)",
@@ -416,17 +418,22 @@ def table(cfg: CompareConfig, lines: list[dict]) -> str:
         if "target" in found[0]["linear"]:
             targets.append([name, *figures(found, "target", at)])
     one = next(found for found in runs.values() if found)[0]
-    ended_first = quickest or "the quickest"
+    machines = [run["machine"] for found in runs.values() for run in found]
+    machines = dict.fromkeys(f"{m.get('cpu', '')} {m['device']}".strip() for m in machines)
+    timed = (
+        f"Equal time: when {quickest} ends its schedule; the others are in the middle of theirs, "
+        "at a high learning rate, and a schedule made for that time would probably give more. "
+        "Cost: of a step, not compiled, in fast-moco's."
+        if costs
+        else "The costs of these systems were not measured together: --cost does it."
+    )
     about = (
         f"{cfg.dataset}, {one['images']} images, {one['settings']['epochs']} epochs, "
         f"{one['settings']['arch']} of width {one['settings']['width']}, probe {one['probe']}, "
-        f"{one['machine'].get('cpu', '')} {one['machine']['device']}. The online encoder. lr, wd, "
-        "tau: of the source, nothing tuned for this length. "
-        f"Equal time: when {ended_first} ends its schedule, the others being in the middle of "
-        "theirs, at a high learning rate: a lower bound. Cost: of a step, not compiled, in "
-        "fast-moco's. Seconds: wall time with the monitor and SACL's textures. Published: other "
-        "recipes, named at PUBLISHED in related/compare.py."
-    ).replace("  ", " ")
+        f"{', '.join(machines)}. The online encoder. lr, wd, tau: of the source where it has them "
+        f"for CIFAR, fixed before any run, none tuned. {timed} Seconds: wall time with the monitor "
+        "and SACL's textures. Published: other recipes, named at PUBLISHED in related/compare.py."
+    )
     parts = [rows_of(rows), about]
     if len(targets) > 1:
         parts += ["The target encoder of the same runs:", rows_of(targets)]

@@ -14,17 +14,19 @@ TensorFlow twin (TF); the paper's body was not.
 
 Sourced, [S: PT harl/methods/mncrl.py, TF] unless said
     One mask per image, made offline, pooled at the size of the feature maps; one projector and
-    predictor for the three streams; L as above with alpha from 0.5 to 1 by half a cosine.
-    InfoNCE within foregrounds and within backgrounds [S: TF binary_mask_nt_xent]. The original
-    masks are DRFI's (a random forest, Matlab) or a saliency network's, which is not published.
+    predictor for the three streams; L as above with alpha from 0.5 to 1 by half a cosine. InfoNCE
+    within foregrounds and within backgrounds [S: TF binary_mask_nt_xent]. The original masks are
+    DRFI's (a random forest, Matlab) or a saliency network's, which is not in its repository.
 Our reading
     Masks without weights, below: centre prior x (contrast with the image's border + half the
     spectral residual, Hou & Zhang 2007), a threshold of Otsu's kind, area 20 to 65 %. On a CIFAR
     stem the maps are 4 x 4, where "resize, then > 0" makes nearly every cell foreground: a cell
     weighs as much as it is covered (there: 0 or 1, and sums divided by the area + 1). A stream of
-    less than 5 % of the crop becomes the whole crop's (there: crops redrawn until 20 %). beta 0.5
-    throughout; both ways' mean (there: their sum); no vertical flips; the InfoNCE form keeps SACL's
-    keys and temperature, and a whole stream.
+    less than 5 % of the crop becomes the whole crop's (there: crops redrawn, up to 5 times, until
+    20 %). beta 0.5 throughout; 1 - cos, both ways' mean (there: 2 - 2 cos, summed, four times the
+    gradient); m constant (there: from 0.99 to 1), SGD (there: LARS), SACL's heads (there: a
+    predictor of 256, 4096, 256); no vertical flips; the InfoNCE form keeps SACL's keys and
+    temperature, and a whole stream.
 """
 
 import math

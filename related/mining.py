@@ -10,13 +10,15 @@ Sourced, [S: abstract]
     ... close to positive samples", by an argument from gradients.
 Our reading
     Everything concrete. Mined positives are the 5 nearest of a queue of 4096 EMA keys to the
-    anchor's own key; soft weights are a softmax over them, the hard gate keeps those above the mean
-    (as SNCLR weighs its neighbours, [S: snclr/builder_snclr_factor.py]). Negatives are the 512
-    whose similarity lies nearest to the positive's, the hard form of SimANS's sampling
-    p ~ exp(-a (s - s+ - b)^2) [S: SimXNS/SimANS/README.md]. The gradient's argument, elementary:
-    dL/dp = (sum_j P_j n_j - (1 - P_+) t) / tau, so a negative far below the positive has no weight
-    P_j, and one far above takes all of it and is likely of the same class. Mined positives come in
-    over the first tenth of the run: a young queue holds noise. Optimiser and views are SACL's.
+    anchor's own key; soft weights are a softmax over them, of temperature 0.1, and the hard gate
+    keeps those from the mean on (after SNCLR, which weighs by query and key and keeps those above
+    the mean, [S: snclr/builder_snclr_factor.py]); together they weigh at most as much as the own
+    view (lam 1). Negatives are the 512 whose similarity lies nearest to the positive's, the hard
+    form of SimANS's sampling p ~ exp(-a (s - s+ - b)^2) [S: SimXNS/SimANS/README.md]. The
+    gradient's argument, elementary: dL/dp = (sum_j P_j n_j - (1 - P_+) t) / tau, so a negative far
+    below the positive has no weight P_j, and one far above takes all of it and is likely of the
+    same class. Mined positives come in over the first tenth of the run: a young queue holds noise.
+    Optimiser and views are SACL's.
 """
 
 import torch

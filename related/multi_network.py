@@ -22,8 +22,8 @@ Our reading
     statistics alone, so that they are those of whole views; as_shipped lets it move them, as the
     code does. The target starts as a copy and moves after the step, as in SACL (there: its own
     random weights, moved before the keys are taken), gradients are not clipped (there: to norm 1),
-    the predictor's lr follows the cosine, and
-    views are SACL's at SACL's size (there: 224 px, with blur).
+    the predictor's lr follows the cosine (there: constant), and views are SACL's at SACL's size
+    (there: 224 px, with blur).
 """
 
 import torch

@@ -375,6 +375,18 @@ def test_a_jigsaw_has_each_images_own_cells_in_an_order_of_its_own():
     assert len(orders) > 10  # of 24
 
 
+def test_pirls_cells_are_of_the_other_view():
+    (model, _), x = system("pirl"), torch.randint(256, (8, 3, 16, 16)).byte()
+    torch.manual_seed(1)
+    x1, x2 = sacl.SACL.views(model, x, None, torch.arange(8))
+    torch.manual_seed(1)
+    image, cells, _ = model.views(x, None, torch.arange(8))
+    assert torch.equal(image, x1)
+    for own, shown in zip(sacl.split(x2, 2).unbind(1), cells.unbind(1), strict=True):  # images
+        own, shown = ({tuple(c.flatten().tolist()) for c in cells} for cells in (own, shown))
+        assert own == shown
+
+
 # ------------------------------------------------------------ 002: potential samples
 
 
@@ -446,6 +458,15 @@ def test_mined_positives_come_in_over_the_ramp():
         losses.append(model.contrast(p, k).item())
     assert losses[0] == pytest.approx(losses[1]) and losses[2] == pytest.approx(losses[3])
     assert losses[4] == pytest.approx(losses[5]) != pytest.approx(losses[0], abs=1e-3)
+
+
+def test_each_view_is_mined_for_by_the_other_and_the_second_ones_keys_are_queued():
+    model, (x1, x2) = system("mining")
+    p1, p2, k1, k2 = model.predict(x1), model.predict(x2), model.keys(x1), model.keys(x2)
+    expected = (model.contrast(p1, k2) + model.contrast(p2, k1)) / 2
+    assert model(x1, x2).item() == pytest.approx(expected.item(), abs=1e-6)
+    model.update_target(1)
+    assert torch.allclose(model.queue[:8], sacl.unit(k2), atol=1e-6)
 
 
 def test_without_the_number_of_images_there_is_no_ramp():
@@ -755,6 +776,7 @@ def test_the_table_reads_equal_time_off_the_curves_and_keeps_published_figures_a
     key, _ = compare.run_config(cfg, "byol", 0)
     lines.append({"run": key, "method": "byol", "seed": 0, "error": "the loss was not finite"})
     other = {"run": "cifar100-cpu-10/fast-moco-000000-2", "seed": 2}  # with other settings
+    assert "not measured together: --cost" in compare.table(cfg, lines[1:])
     text = compare.table(cfg, [*lines, lines[1] | other])
     rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in text.splitlines()]
     fast, simclr, byol = (
