@@ -1519,10 +1519,9 @@ def any_rank(flag: bool) -> bool:
 
 def describe_machine(device: torch.device, dtype: torch.dtype) -> dict[str, str | int]:
     """Versions, hardware and git revision, for the log."""
-    here = Path(train.__code__.co_filename).parent  # not a folder in a notebook
 
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(here), *words]
+    def git(*words: str) -> str:  # this file's folder is none in a notebook
+        command = ["git", "-C", os.path.dirname(train.__code__.co_filename), *words]
         return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
 
     try:
