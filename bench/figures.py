@@ -239,8 +239,8 @@ def compare(args: argparse.Namespace) -> list[dict]:
     """kNN accuracy of SACL and the other systems, by epochs and by what their steps cost."""
     cfg = CompareConfig(dataset=args.dataset, results=str(args.file))
     lines = sacl.read_log(args.file)
-    runs = {name: ended_runs(cfg, name, lines) for name in cfg.names}
-    runs = {name: [x for x in found if "error" not in x] for name, found in runs.items()}
+    ended = {name: ended_runs(cfg, name, lines) for name in cfg.names}
+    runs = {name: [x for x in found if "error" not in x] for name, found in ended.items()}
     runs = {name: found for name, found in runs.items() if found}
     costs = known_costs(cfg, lines, ["fast-moco", *runs])
     if not runs or not costs:

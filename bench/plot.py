@@ -79,8 +79,7 @@ def table_of(
         of = label if table == "encoder" else encoder
         done = [x for x in runs if "error" not in x]
         shown = [mean_std(figure(x, name, of) for x in done) for name in ("top1", "knn", *more)]
-        count = str(len(done)) + f", {len(runs) - len(done)} diverged" * (len(done) < len(runs))
-        cells.append([label, paper_figure(paper, runs[0], place), *shown, count, scale])
+        cells.append([label, paper_figure(paper, runs[0], place), *shown, count_of(runs), scale])
     return rows_of(cells)
 
 
@@ -136,6 +135,12 @@ def mean_std(values) -> str:
         return ""
     spread = f" ± {statistics.stdev(known):.2f}" if len(known) > 1 else ""
     return f"{statistics.mean(known):.2f}{spread}"
+
+
+def count_of(runs: list[dict]) -> str:
+    """How many runs finished and, where some did, how many diverged."""
+    lost = sum("error" in x for x in runs)
+    return str(len(runs) - lost) + f", {lost} diverged" * (lost > 0)
 
 
 def rows_of(cells: list[list[str]]) -> str:

@@ -49,7 +49,7 @@ from torch import Tensor
 
 import eval_linear
 import sacl
-from bench.plot import mean_std, rows_of
+from bench.plot import count_of, mean_std, rows_of
 from related.baselines import BYOL, PIRL, MoCoV2, SimCLR, SimSiam
 from related.harl import HARL, make_masks
 from related.mining import PotentialSamples
@@ -402,16 +402,15 @@ def table(cfg: CompareConfig, lines: list[dict]) -> str:
     rows = [["system", *heads, "n", "lr, wd, tau", "cost", "seconds", "published"]]
     targets = [["system", *heads]]
     for name, found in sorted(runs.items(), key=lambda item: -top1(item[1])):
-        lost = len(ended[name]) - len(found)
-        count = str(len(found)) + f", {lost} diverged" * (lost > 0)
+        count = count_of(ended[name])
         if not found:
-            rows += [[name, "", "", "", count, "", "", "", ""]] * (lost > 0)
+            rows += [[name, "", "", "", count, "", "", "", ""]] if ended[name] else []
             continue
-        at = time_of[quickest] / costs[name] if name in costs else -1  # in steps
-        used, relative = found[0]["settings"], "fast-moco" in costs and name in costs
+        at = time_of[quickest] / costs[name] if costs else -1  # in steps
+        used = found[0]["settings"]
         own = (k for k in ("lr", "weight_decay", "tau") if k in SYSTEMS[name].settings)
         more = [count, ", ".join(f"{used[k]:g}" for k in own)]
-        more.append(f"{costs[name] / costs['fast-moco']:.2f}" if relative else "")
+        more.append(f"{costs[name] / costs['fast-moco']:.2f}" if "fast-moco" in costs else "")
         more.append(f"{mean(run['seconds'] for run in found):.0f}")
         more.append(PUBLISHED.get(Path(cfg.dataset).name, {}).get(name, ""))
         rows.append([name, *figures(found, "online", at), *more])
