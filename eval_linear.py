@@ -37,13 +37,13 @@ class ProbeConfig:
     encoder: Literal["online", "target"] = "online"  # ours: which of the run's two networks
     recalibrate_bn: bool = False  # ours: BatchNorm statistics anew, from plain training images
     probe: Literal["lars", "lbfgs"] = "lars"  # lbfgs: logistic regression on plain images, a check
-    epochs: int = 90  # ours
-    batch_size: int = 256  # ours
-    lr: float = 0.9  # cosine to 0
+    epochs: int = 0  # 0, paper: 200, of ImageNet-100 100
+    batch_size: int = 128  # paper
+    lr: float = 0.9  # paper; ours: cosine to 0
     lr_sweep: bool = False  # ours: choose among LRS on a tenth of the training set
-    sgd_momentum: float = 0.9
-    weight_decay: float = 0.0
-    trust: float = 0.001  # LARS's trust coefficient
+    sgd_momentum: float = 0.9  # ours
+    weight_decay: float = 0.0  # ours
+    trust: float = 0.001  # ours: LARS's trust coefficient
     crop_min: float = 0.08  # ours: least share of the image's area in a training crop
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # precision of the frozen encoder
     shifts: bool = False  # ours: also test on shifted images (bench/shifts.py says which)
@@ -52,10 +52,12 @@ class ProbeConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("epochs", "batch_size", "lr", "trust"):
+        for name in ("batch_size", "lr", "trust"):
             if getattr(self, name) <= 0:
                 flag = "--" + name.replace("_", "-")
                 raise UsageError(f"{flag} {getattr(self, name)}: must be greater than 0")
+        if self.epochs < 0:
+            raise UsageError(f"--epochs {self.epochs}: must be at least 1, or 0 for the paper's")
 
 
 LRS = (0.1, 0.3, 0.9, 2.7, 8.1)
@@ -77,6 +79,9 @@ def evaluate(cfg: ProbeConfig) -> dict:
     dtype = sacl.precision(cfg, device)
     encoder, run = load_encoder(cfg)
     run = data_settings(cfg, run)
+    cfg = dataclasses.replace(
+        cfg, epochs=cfg.epochs or (100 if Path(run.dataset).name == "imagenet100" else 200)
+    )
     train_set, test_set = (sacl.load_data(run, split) for split in ("train", "test"))
     sacl.check_classes(train_set, test_set)
     if test_set is None or min(train_set.labels.min(), test_set.labels.min()) < 0:

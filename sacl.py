@@ -201,12 +201,14 @@ class SACL(nn.Module):
     def views(self, x: Tensor, texture: Tensor | None, index: Tensor) -> tuple[Tensor, ...]:
         """Views of uint8 images x (N, 3, S, S) and, where given, of their textures (N, 3, S, S).
 
-        ours: a texture is cropped and coloured as view 1 is, so that nothing but the texture itself
-        tells it from its image (Ge et al., NeurIPS 2021). index (N,), the images' places in the
-        dataset, is for methods that keep a memory of them.
+        ours: a negative is cropped and coloured as view 1 is, so that nothing but the texture
+        itself tells it from its image (Ge et al., NeurIPS 2021); a positive is the second view of
+        the pair and has that view's draw: with view 1's, crop and colours would give it away.
+        index (N,), the images' places in the dataset, is for methods that keep a memory of them.
         """
         draw1, draw2 = draw_view(len(x), self.cfg, x.device), draw_view(len(x), self.cfg, x.device)
-        textures = () if texture is None else (augment(texture, draw1, self.cfg.image_size),)
+        draw_t = draw2 if self.cfg.texture == "positive" else draw1
+        textures = () if texture is None else (augment(texture, draw_t, self.cfg.image_size),)
         return *(augment(x, draw, self.cfg.image_size) for draw in (draw1, draw2)), *textures
 
     def queries(self, x: Tensor) -> Tensor:
@@ -561,15 +563,20 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 def draw_view(n: int, cfg: Config, device: torch.device) -> dict[str, Tensor]:
     """The random parameters of one weak view for each of n images.
 
-    crop: area `crop_min` to 1, ratio 3/4 to 4/3, and a flip in half of the images. common: colour
-    jitter (0.4, 0.4, 0.4, 0.1) in 80 % and grey in 20 %; geometric: rotation up to 15 degrees.
+    crop: RandomResizedCrop, area `crop_min` to 1 and ratio 3/4 to 4/3, and a flip in half of the
+    images. common: colour jitter (0.4, 0.4, 0.4, 0.1) in 80 % and grey in 20 %; geometric: rotation
+    up to 15 degrees.
     """
 
-    def uniform(low: float, high: float) -> Tensor:
-        return torch.empty(n, device=device).uniform_(low, high)
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return torch.empty(*shape, n, device=device).uniform_(low, high)
 
-    area, ratio = uniform(cfg.crop_min, 1), uniform(-1, 1).mul(math.log(4 / 3)).exp()
-    w, h = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
+    # as torchvision: of ten candidate boxes the first that fits the image, else the whole image
+    area, ratio = uniform(cfg.crop_min, 1, 10), uniform(-1, 1, 10).mul(math.log(4 / 3)).exp()
+    sides = torch.stack([area * ratio, area / ratio]).sqrt()  # (2, 10, N): widths, heights
+    fits = (sides <= 1).all(0)
+    first = fits.int().argmax(0).expand(2, 1, n)
+    w, h = torch.where(fits.any(0), sides.gather(1, first)[:, 0], 1.0)  # (N,) each
     x, y = uniform(-1, 1) * (1 - w), uniform(-1, 1) * (1 - h)  # centre; the image is [-1, 1]^2
     flip = 1 - 2 * (uniform(0, 1) < 0.5).float()
     angle = uniform(-1, 1) * (math.radians(15) if cfg.weak == "geometric" else 0)
@@ -588,6 +595,7 @@ def augment(x: Tensor, draw: dict[str, Tensor], size: int) -> Tensor:
     """The view of uint8 images x (N, 3, S, S) that `draw` describes: (N, 3, size, size)."""
     x = x.float() / 255
     grid = F.affine_grid(draw["crop"], [len(x), 3, size, size], align_corners=False)
+    # ours: corners that a rotation leaves empty mirror the image; torchvision fills them with black
     x = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
     if "jitter" in draw:
         x = color_jitter(x, draw["jitter"], draw["grey"])
@@ -1010,8 +1018,9 @@ def knn(
     predicted = []
     for q in unit(query).split(500):
         sim, nearest = (q @ bank.T).topk(min(k, len(bank)))  # (500, k)
-        votes = torch.zeros(len(q), classes, device=q.device)
-        votes.scatter_add_(1, labels[nearest], (sim / tau).exp())
+        # float64: a device adds in an order of its own, and rounding in float32 would flip ties
+        votes = torch.zeros(len(q), classes, dtype=torch.float64, device=q.device)
+        votes.scatter_add_(1, labels[nearest], (sim.double() / tau).exp())
         predicted.append(votes.argmax(1))
     return torch.cat(predicted)
 

@@ -145,7 +145,7 @@ def numerics(tiny: bool, modes: tuple[str, ...] = ("compile", "graphs")) -> dict
         print(name, facts[name], flush=True)  # in the log even if the next one never ends
 
     note("fused block in float64", fused_gap(device), 1e-12)
-    size = dict(arch="resnet18", width=4, dim=32, image_size=16) if tiny else {}
+    size = dict(arch="resnet18", width=8, dim=32, image_size=16) if tiny else {}
     for arch in ("resnet50", "resnet18"):  # compiling and comparing is done with the small one
         settings = dict(arch=arch, batch_size=16 if tiny else 32) | size
         shared = bench_step.share(sacl.Config(dataset="cifar100", **settings), device)

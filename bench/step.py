@@ -582,7 +582,7 @@ def main(argv: list[str] | None = None) -> None:
         print(table(result["rows"]))
     elif args.dry:
         tiny = (
-            "--arch resnet18 --width 4 --dim 32 --batch 8 --size 16 --rounds 2 --round-seconds 0.02"
+            "--arch resnet18 --width 8 --dim 32 --batch 8 --size 16 --rounds 2 --round-seconds 0.02"
         )
         result = []
         for job in ("--job sacl --mode whole", "--job moco3"):

@@ -25,7 +25,7 @@ from test_sacl import folder, log_of, one_thread, refused, tiny  # noqa: F401
 @pytest.fixture
 def ablate(folder, tmp_path, monkeypatch):  # noqa: F811
     """The command on the folder's images at a scale of a second a run; lists the runs trained."""
-    small = dict(arch="resnet18", width=4, dim=16, image_size=16, batch_size=16, epochs=2)
+    small = dict(arch="resnet18", width=8, dim=16, image_size=16, batch_size=16, epochs=2)
     small |= dict(print_every=1, knn_every=1000, amp="off", workers=0, texture="none")
     monkeypatch.setitem(ablations.SCALES, "cpu", (small, 40))
     trained, train = [], sacl.train
@@ -152,7 +152,7 @@ def made_lines(path, rows):
     """A file of lines as runs leave them: (table, label, dataset, seed, top-1, more)."""
     lines = []
     for table, label, dataset, seed, top1, more in rows:
-        given = dict(arch="resnet18", width=4, dim=16, epochs=2)
+        given = dict(arch="resnet18", width=8, dim=16, epochs=2)
         settings = dataclasses.asdict(sacl.Config(dataset=dataset, seed=seed, **given))
         settings |= more.pop("settings", {})
         line = {"rows": {table: label}, "scale": "cpu", "dataset": dataset, "on": "val"}
@@ -172,7 +172,7 @@ def test_the_table_is_mean_and_deviation_of_the_lines_beside_the_papers_figure(t
     made_lines(file, rows)
     ablations.main(["table6", "--table", "--file", str(file)])
     text = capsys.readouterr().out
-    scale = "ResNet-18 of width 4, dim 16, {} images, 2 epochs, batch 128; lbfgs probe |"
+    scale = "ResNet-18 of width 8, dim 16, {} images, 2 epochs, batch 128; lbfgs probe |"
     small, large = "cpu: " + scale.format(100), "gpu: " + scale.format(45000)
     assert "| m = 0.5 | 0.00 (imagenet100) | 7.00 | 2.00 | 0.50 | 1 | " + small in text
     both = "20.00 ± 2.83 | 15.00 ± 2.83 | 0.50 ± 0.00 | 2, 1 diverged | "
