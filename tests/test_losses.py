@@ -1,0 +1,81 @@
+"""Twenty steps of fixed seeds: a change of structure must not move a loss.
+
+python tests/test_losses.py      writes the losses of this machine to losses.json
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision.transforms.functional import to_pil_image
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+import sacl
+
+RUNS = {
+    "negative": dict(texture="negative"),
+    "negative, batch": dict(texture="negative", texture_negatives="batch"),
+    "positive": dict(texture="positive"),
+    "none": dict(texture="none"),
+    "grid 1": dict(texture="none", grid=1, combine=1),
+    "eq10": dict(texture="negative", negatives="eq10"),
+    "geometric": dict(texture="none", weak="geometric"),
+    "bottleneck": dict(texture="negative", arch="resnet50"),
+    "post": dict(texture="none", se="post", m_schedule="cosine", warmup_epochs=1),
+}
+SMALL = dict(
+    arch="resnet18", width=8, dim=16, image_size=16, batch_size=16, epochs=4, lr=0.05, amp="off",
+    compile="off", knn_every=0, print_every=1, max_steps=20,
+)  # fmt: skip
+
+
+def losses(where: Path, processes: int = 1, **given) -> list[float]:
+    """The loss of every step, as the log has it."""
+    images = where / "images"
+    if not images.exists():
+        g = torch.Generator().manual_seed(0)
+        for i in range(96):
+            (images / "train" / str(i % 3)).mkdir(parents=True, exist_ok=True)
+            coarse = torch.rand(1, 3, 4, 4, generator=g) * (1 + i % 3) / 3
+            x = torch.nn.functional.interpolate(coarse, size=16, mode="bicubic")[0].clamp(0, 1)
+            to_pil_image((x * 255).byte()).save(images / "train" / str(i % 3) / f"{i:02}.png")
+    out = where / "run"
+    settings = SMALL | given | dict(dataset=str(images), output_dir=str(out))
+    if processes == 1:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        sacl.train(sacl.Config(**settings))
+        torch.set_num_threads(threads)
+    else:
+        words = [w for k, v in settings.items() for w in ("--" + k.replace("_", "-"), str(v))]
+        launch = ["-m", "torch.distributed.run", f"--master-port={29500 + os.getpid() % 1000}"]
+        subprocess.run(
+            [sys.executable, *launch, f"--nproc_per_node={processes}", sacl.__file__, *words],
+            env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, capture_output=True, timeout=300,
+        )  # fmt: skip
+    lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+@pytest.mark.parametrize("name", [*RUNS, "two processes"])
+def test_losses_are_those_of_the_committed_run(name, tmp_path):
+    """To the last digit on the machine that wrote them, to rounding on others."""
+    given = dict(processes=2, texture="negative") if name == "two processes" else RUNS[name]
+    then = json.loads((HERE / "losses.json").read_text())[name]
+    assert losses(tmp_path, **given) == pytest.approx(then, rel=2e-3)
+
+
+if __name__ == "__main__":
+    runs = RUNS | {"two processes": dict(processes=2, texture="negative")}
+    found = {}
+    for name, given in runs.items():
+        with tempfile.TemporaryDirectory() as folder:
+            found[name] = losses(Path(folder), **given)
+        print(name, found[name][0], found[name][-1], flush=True)
+    (HERE / "losses.json").write_text(json.dumps(found, indent=1) + "\n")
