@@ -1,6 +1,6 @@
 """Twenty steps of fixed seeds: a change of structure must not move a loss.
 
-python tests/test_losses.py      writes the losses of this machine to losses.json
+python -m tests.test_losses      writes the losses of this machine to losses.json
 """
 
 import json
@@ -14,10 +14,9 @@ import pytest
 import torch
 from torchvision.transforms.functional import to_pil_image
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
 import sacl
 
+HERE = Path(__file__).parent
 RUNS = {
     "negative": dict(texture="negative"),
     "negative, batch": dict(texture="negative", texture_negatives="batch"),
