@@ -9,7 +9,6 @@ import pytest
 import torch
 from test_sacl import tiny
 from torch import Tensor, nn
-from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -21,7 +20,6 @@ from torch.utils._pytree import tree_leaves
 import sacl
 
 STEPS = 2
-CUDA = torch.device("cuda", 0)
 SETTINGS = {
     "negative": dict(texture="negative"),
     "negative, eq10, fp16": dict(texture="negative", negatives="eq10", amp="fp16"),
@@ -36,6 +34,12 @@ class Copies(Exception):
 
 
 WAITS = (Copies, DataDependentOutputException, DynamicOutputShapeException)
+
+
+class Pretended(FakeTensorMode):
+    """Never touches a GPU, even where torch believes that there is one."""
+
+    avoid_device_init = True
 
 
 class NoCopies(TorchDispatchMode):
@@ -55,76 +59,112 @@ class NoCopies(TorchDispatchMode):
         return result
 
 
-def on_gpu(x: Tensor) -> Tensor:
-    """A tensor of this shape and type that pretends to be on the GPU."""
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=CUDA)
+def pretend(x: Tensor, device: torch.device) -> Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
 
 
-def pretend(model: nn.Module) -> nn.Module:
+def pretend_all(model: nn.Module, device: torch.device) -> None:
     """Put pretended tensors in place of a model's own; .to(device) then has nothing to do."""
     for module in model.modules():
         for name, p in module._parameters.items():
             if p is not None:
-                module._parameters[name] = nn.Parameter(on_gpu(p), p.requires_grad)
+                module._parameters[name] = nn.Parameter(pretend(p, device), p.requires_grad)
         for name, b in module._buffers.items():
             if b is not None:
-                module._buffers[name] = on_gpu(b)
+                module._buffers[name] = pretend(b, device)
     model.to = lambda *args, **kwargs: model
-    return model
-
-
-def fill_gradients(model: nn.Module):
-    """Stands for backward(), which needs a real GPU; the loss must be one number on the GPU."""
-
-    def backward(loss: Tensor) -> None:
-        assert loss.shape == () and loss.device == CUDA and loss.requires_grad
-        for p in model.parameters():
-            p.grad = torch.zeros_like(p) if p.requires_grad else None
-
-    return backward
 
 
 @pytest.fixture
 def rehearse(monkeypatch, tmp_path):
-    """A function that trains on the pretended GPU to the first wait: steps done, and the wait."""
+    """Trains on a pretended device up to the first wait: the steps done by then, and the wait."""
 
-    def run(kind=sacl.SACL, **given):
+    def run(device, build=sacl.SACL, **given):
         given = dict(amp="bf16", print_every=1000, max_steps=STEPS) | given
         cfg = tiny(output_dir=str(tmp_path / "run"), **given)
-        monkeypatch.setitem(sacl.SEResNet.BLOCKS, "resnet18", (sacl.BasicBlock, (1, 1, 1, 1)))
-        done, real = [], kind(cfg)
-        x = torch.zeros(80, 3, 16, 16, dtype=torch.uint8)  # five steps an epoch
-        with FakeTensorMode(), NoCopies(), monkeypatch.context() as patch:
-            model, x = pretend(real), on_gpu(x)
-            update = model.update_target
+        model, done = build(cfg), []
+        update, device = model.update_target, torch.device(device)
 
-            def update_target(m):
-                update(m)
-                done.append(m)
+        def count(m):
+            update(m)
+            done.append(m)
 
-            model.update_target = update_target
+        def backward(loss):  # torch's own asks a real GPU
+            assert loss.shape == () and loss.device == device and loss.requires_grad
+            for p in model.parameters():
+                p.grad = torch.zeros_like(p) if p.requires_grad else None
+
+        model.update_target = count
+        with Pretended(), NoCopies(), monkeypatch.context() as patch:
+            pretend_all(model, device)
+            x = torch.empty(80, 3, 16, 16, dtype=torch.uint8, device=device)  # 5 steps an epoch
             data = sacl.Images(x, torch.zeros(80, dtype=torch.long), ["a", "b"], ["80 images"])
-            patch.setattr(fake_tensor, "init_gpu_context", lambda *_: None, raising=False)
-            patch.setattr(torch.cuda, "is_available", lambda: True)
-            patch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
-            patch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
-            patch.setattr(Tensor, "backward", fill_gradients(model))
+            patch.setattr(sacl, "make_textures", lambda *_: None if cfg.texture == "none" else x)
             patch.setattr(sacl, "save_run", lambda *_: None)
             patch.setattr(sacl, "start_log", lambda *_: None)
             patch.setattr(sacl, "describe_machine", lambda *_: {})
-            patch.setattr(sacl, "make_textures", lambda *_: None if cfg.texture == "none" else x)
+            if device.type == "cuda":
+                patch.setattr(Tensor, "backward", backward)
+                patch.setattr(torch.cuda, "is_available", lambda: True)
+                patch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
+                patch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
             with pytest.raises(WAITS) as wait:
-                sacl.run_epochs(cfg, lambda cfg: model, data, None, None, CUDA)
+                sacl.run_epochs(cfg, lambda cfg: model, data, None, None, device)
         return len(done), wait.value
 
+    monkeypatch.setitem(sacl.SEResNet.BLOCKS, "resnet18", (sacl.BasicBlock, (1, 1, 1, 1)))
     return run
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_no_step_waits_for_the_gpu_or_leaves_it(name, rehearse):
     """Views, forward, optimizer, scaler, EMA: the first wait is that of the log line at the end."""
-    done, wait = rehearse(**SETTINGS[name])
+    done, wait = rehearse("cuda:0", **SETTINGS[name])
     if done < STEPS:
         raise wait
 
 
+def test_backward_asks_for_no_value(rehearse):
+    """It cannot be rehearsed on a pretended GPU, but on a CPU without values."""
+    done, wait = rehearse("cpu", texture="negative", negatives="eq10")
+    if done < STEPS:
+        raise wait
+
+
+WAITING = {
+    ".item()": lambda loss, x: loss + loss.item(),
+    ".cpu()": lambda loss, x: loss + loss.cpu().to(loss.device),
+    "a condition": lambda loss, x: loss if loss > 0 else -loss,
+    "boolean indexing": lambda loss, x: loss + x[x > 0].sum(),
+    "a list as index": lambda loss, x: loss + x[[0, 1]].sum(),
+    "an index on the CPU": lambda loss, x: loss + x[torch.arange(2)].sum(),
+    "a new tensor": lambda loss, x: loss + torch.tensor([2.0], device=x.device).sum(),
+    "a copy onto the GPU": lambda loss, x: loss + torch.ones(2).to(x.device).sum(),
+}
+
+
+class Linear(nn.Module):
+    """The least model that can be trained; `plan` is what else its forward does."""
+
+    def __init__(self, plan):
+        super().__init__()
+        self.encoder, self.plan = nn.Linear(3 * 16 * 16, 2), plan
+
+    def views(self, x, texture, index):
+        return (x.flatten(1).float(),)
+
+    def forward(self, x):
+        return self.plan(self.encoder(x).mean(), x)
+
+    def update_target(self, m):
+        pass
+
+
+@pytest.mark.parametrize("what", [*WAITING, "nothing", "another device"])
+def test_the_rehearsal_finds_a_wait(what, rehearse):
+    if what == "another device":
+        with pytest.raises(RuntimeError, match="cuda:0 and cpu|cpu and cuda:0"):
+            rehearse("cuda:0", lambda cfg: Linear(lambda loss, x: loss + torch.zeros(1)))
+        return
+    done, _ = rehearse("cuda:0", lambda cfg: Linear(WAITING.get(what, lambda loss, x: loss)))
+    assert done == (STEPS if what == "nothing" else 0)
