@@ -14,18 +14,17 @@ The paper fills one pixel after another. But its order depends on which pixels a
 their colours, so all B images share it; and two pixels further apart than half a window do not see
 each other, so they can be filled together with the very result of one after the other.
 
-Picture   python texture.py --dataset cifar100 --data-dir data --show 8 --out textures.png
-Your own  python texture.py IMAGE... --size 128 --window 11
-Bank      python texture.py bank --dataset stl10 --data-dir data --textures 4 --out bank.npy
-Python    textures = texture_views(images, generator=torch.Generator().manual_seed(0))
+Script   python texture.py IMAGE... --size 128 --window 11    (reads them by images.py)
+Python   texture_views(images, generator=torch.Generator().manual_seed(0)), or `bank` for a file
 """
 
 import argparse
 import contextlib
 import functools
-import json
+import itertools
 import math
 import os
+import shutil
 import sys
 import time
 import zlib
@@ -39,17 +38,13 @@ from torch import Generator, Tensor
 
 SEED = 3  # the paper starts from a 3x3 block of the sample
 TOLERANCE = 5e-7  # float32 rounding of a mean squared difference of colours in [0, 1]
-OUTSIDE = 1e12  # squared "colour" outside the sample: no window that needs it is a candidate
+BLOCK = 3 * 2**20  # bytes of a bank between two writes: 1024 textures of 32 px, 20 of 224
+OUTSIDE = 1e12  # squared "colour" outside the sample: makes windows that leave it lose
 
 
 # ------------------------------------------------------------ 1. The method
 def texture_views(
-    images: Tensor,
-    *,
-    patch: int | None = None,
-    seeds: int | None = None,
-    generator: Generator | None = None,
-    **options,
+    images: Tensor, *, patch=None, seeds=None, generator: Generator | None = None, **options
 ) -> Tensor:
     """A texture of every image, grown from two of its patches: (B, C, H, W) -> (B, C, H, W).
 
@@ -74,13 +69,13 @@ def two_patches(images: Tensor, size: int | None, generator: Generator | None = 
     size = round(0.43 * min(images.shape[2:])) if size is None else size
     fits = is_int(size) and 1 <= size <= min(images.shape[2:])
     require(fits, f"patch size={size!r} does not fit in images of shape {tuple(images.shape)}")
-    room_y, room_x = (side - size for side in images.shape[2:])
-    y, x = (
-        draw(room + 1, (len(images),), generator).to(images.device) for room in (room_y, room_x)
-    )
-    places = images.unfold(2, size, 1).unfold(3, size, 1)  # (B, C, room_y + 1, room_x + 1, s, s)
+    places = images.unfold(2, size, 1).unfold(3, size, 1)  # (B, C, rows, columns, s, s)
+    rows, columns = places.shape[2:4]
+    y, x = (draw(n, (len(images),), generator).to(images.device) for n in (rows, columns))
     each = torch.arange(len(images), device=images.device)
-    return torch.stack([places[:, :, room_y // 2, room_x // 2], places[each, :, y, x]], 1)
+    return torch.stack(
+        [places[:, :, (rows - 1) // 2, (columns - 1) // 2], places[each, :, y, x]], 1
+    )
 
 
 @torch.no_grad()
@@ -147,15 +142,14 @@ def synthesize(
     index = start.new_empty(b if return_index else 0, height * width)
     with exact_products(device):
         for i in range(0, b, chunk):
-            some = sources[i : i + chunk]
+            part = slice(i, i + chunk)
+            some = sources[part]
             colours = some.to(dtype) if some.is_floating_point() else some.to(dtype) / 255
-            chosen = grow(
-                colours, start[i : i + chunk], number, steps, windows, window, margin, eps
-            )
+            chosen = grow(colours, start[part], number, steps, windows, window, margin, eps)
             flat = some.transpose(1, 2).flatten(2)  # (b, C, n s^2)
-            textures[i : i + chunk] = flat.gather(2, chosen[:, None].expand(-1, c, -1))
+            textures[part] = flat.gather(2, chosen[:, None].expand(-1, c, -1))
             if return_index:
-                index[i : i + chunk] = chosen
+                index[part] = chosen
     textures = textures.view(b, c, height, width)
     return (textures, index.view(b, height, width)) if return_index else textures
 
@@ -163,8 +157,8 @@ def synthesize(
 def grow(sources, start, number, steps, windows, window, margin, eps) -> Tensor:
     """The algorithm: float sources (B, n, C, s, s) -> source position of every pixel, (B, H W).
 
-    `windows` is room for (B or more, K (C+1), S). Static shapes, and nothing waits for the device:
-    a CUDA graph can capture it.
+    `windows` is a scratch buffer of at least (B, K (C+1), S). Static shapes, and nothing waits for
+    the device: a CUDA graph can capture it.
     """
     b, n, c, s, _ = sources.shape
     sources = sources - sources.mean((1, 3, 4), keepdim=True)  # less to cancel in a^2 - 2 ab + b^2
@@ -259,9 +253,8 @@ def fill_schedule(
     pixel's level is 1 + the highest of the earlier pixels in its window, so filling level by level
     equals filling in sequence. Cached: do not write to it. ValueError names a bad argument.
     """
-    require(
-        is_int(window) and window % 2 == 1 and window >= 3, f"window={window!r}: odd, 3 or more"
-    )
+    odd = is_int(window) and window >= 3 and window % 2 == 1
+    require(odd, f"window={window!r} must be an odd integer of 3 or more")
     require(is_int(seeds) and seeds >= 1, f"seeds={seeds!r} must be a positive integer")
     require(order in ("onion", "random"), f"order={order!r} must be 'onion' or 'random'")
     crowd = f"seeds={seeds}: {seeds} x {seeds} blocks of {SEED} x {SEED} do not fit"
@@ -333,14 +326,13 @@ def is_int(x) -> bool:
 
 
 def require_sources(sources: Tensor) -> None:
-    square = isinstance(sources, Tensor) and sources.ndim == 5
-    square = square and sources.shape[3] == sources.shape[4]
+    square = isinstance(sources, Tensor) and sources.ndim == 5 and len({*sources.shape[3:]}) == 1
     require(square, "sources must be a tensor (B, n, C, s, s)")
     require(sources.numel() > 0, f"sources of shape {tuple(sources.shape)} are empty")
     floats = sources.is_floating_point()
     require(floats or sources.dtype == torch.uint8, f"sources are {sources.dtype}: uint8 or float")
-    if floats and not (sources.min() >= 0 and sources.max() <= 1):  # NaN fails every comparison
-        raise ValueError("sources of floats must be finite and in [0, 1]")
+    within = not floats or (sources.min() >= 0 and sources.max() <= 1)  # NaN fails comparisons
+    require(within, "sources of floats must be finite and in [0, 1]")
 
 
 def draw(high: int, shape: tuple[int, ...], generator: Generator | None) -> Tensor:
@@ -362,9 +354,7 @@ def exact_products(device: torch.device):
     except RuntimeError:  # torch refuses to say, if only the newer switches were touched
         legacy = "highest"
     try:
-        torch.set_float32_matmul_precision("highest")
-        for switch in switches:
-            switch.fp32_precision = "ieee"
+        torch.set_float32_matmul_precision("highest")  # sets the newer switches too
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
@@ -374,154 +364,137 @@ def exact_products(device: torch.device):
 
 
 # ------------------------------------------------------------ 4. A bank of textures on disk
-def build_bank(
-    images, path, *, textures=4, seed=0, device="cpu", log=print, every=10.0, **options
-) -> None:
-    """Write K = `textures` textures of every image to `path`, a .npy of uint8 (N, K, C, H, W).
+def bank(
+    images, path, *, textures=4, seed=0, device="cpu", log=print, images_id="", **options
+) -> np.memmap:
+    """K = `textures` textures of every image, in the file `path`: .npy, uint8 (N, K, C, H, W).
 
-    `images`: anything of length N whose slices are uint8 (b, C, H, W), so they need not fit in
-    memory. Resumes: `path`.json counts what is done, and the draws of a block of images depend on
-    (seed, its place) alone, so an interrupted bank ends up as any other. `log` gets a line every
-    `every` seconds; `options` go to `texture_views`. ValueError names a bad argument, or says that
-    `path` holds something else.
+    images     uint8 (N, C, H, W): a tensor on any device, or a np.memmap.
+    images_id  a short text that tells the images from others, such as a digest of their names;
+               a spread of their pixels is compared in any case.
+    options    of `texture_views`. `log` is told place and size first, then progress every 10 s.
+
+    The file is made unless it is there, as `path`.part, and renamed when it is whole. Its header
+    says what it was made from, its length how far it got, and the draws of a block depend on (seed,
+    its place) alone: after a kill at any moment the same call goes on, to the same contents. The
+    caller makes sure that only one process does. ValueError: a bad argument, or the file there is
+    not this bank, and is left alone. OSError: no space or no permission; what is written is kept.
     """
-    path, note = Path(path), Path(f"{path}.json")
-    require(len(images) > 0, "images are empty")
+    path, part = Path(path), Path(f"{path}.part")
     require(is_int(textures) and textures >= 1, f"textures={textures!r} must be a positive integer")
-    first = images[:1].cpu()
-    require(first.dtype == torch.uint8, f"images are {first.dtype}, not uint8")
-    shape = len(images), textures, *first.shape[1:]
-    first_image = zlib.crc32(first.numpy().tobytes())
-    plan = dict(shape=list(shape), seed=seed, first_image=first_image, **options)
-    found = json.loads(note.read_text()) if path.exists() and note.exists() else {"done": 0}
-    done = found.pop("done")
-    require(found == plan if found else not path.exists(), f"path={path} holds something else")
+    images = images.cpu().numpy() if isinstance(images, Tensor) else images
+    require(images.dtype == np.uint8, f"images are {images.dtype}, not uint8")
+    spread = np.array(images[:: 1 + images.size // 2**26], order="C")  # at most 64 MB
+    shape = len(images), textures, *images.shape[1:]
+    plan = dict(pixels=zlib.crc32(spread), images_id=images_id, seed=seed, **options)
+    header = bank_header(shape, plan)
+    row = math.prod(shape[1:])  # bytes of an image's textures
+    size = len(header) + len(images) * row
+    if path.exists():
+        require_header(path, header)
+        require(path.stat().st_size == size, f"{path} is cut short: delete it to make it again")
+        return np.load(path, mmap_mode="r")
+
+    # a bad option must fail here, before there is a file with it in the header
+    texture_views(torch.from_numpy(spread[:1]).to(device), generator=Generator(), **options)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found, free = 0, shutil.disk_usage(path.parent).free
+    if part.exists():
+        require_header(part, header)
+        found = part.stat().st_size
+    space = f"{path} takes {(size - found) / 1e6:,.0f} MB of the {free / 1e6:,.0f} MB free there"
+    if size - found > free:
+        raise OSError(f"{space}: make room, or choose another place")
+    log(f"{textures} textures for each of {len(images)} images: {space}")
     if not found:
-        replace(note, json.dumps({**plan, "done": 0}))
-    bank = np.lib.format.open_memmap(path, "r+" if found else "w+", np.uint8, shape)
-    began, before, size = time.monotonic(), done, max(1, 256 // textures)
-    told = began
-    for i in range(done, len(images), size):
-        batch = images[i : i + size].to(device).repeat_interleave(textures, 0)
-        generator = Generator().manual_seed((seed << 32) + i)
-        batch = texture_views(batch, generator=generator, **options)
-        done = min(i + size, len(images))
-        bank[i:done] = batch.cpu().numpy().reshape(-1, *shape[1:])
-        bank.flush()
-        replace(note, json.dumps({**plan, "done": done}))
-        now = time.monotonic()
-        if now - told >= every or done == len(images):
-            told, rate = now, (done - before) / (now - began)
-            left = (len(images) - done) / rate / 60
-            log(f"{path}: {done} of {len(images)} images, {rate:.1f} a second, {left:.0f} min left")
-
-
-def replace(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    part = Path(f"{path}.part")
-    part.write_text(text)
+        part.touch()
+    write_at(part, 0, header)
+    block = max(1, BLOCK // row)  # images
+    # the last block is made again: a power cut may have torn it
+    first = max(0, (found - len(header)) // row - 1) // block * block
+    began = told = time.monotonic()
+    for i in range(first, len(images), block):
+        some = torch.from_numpy(np.array(images[i : i + block])).to(device)
+        # hashed, since a CPU generator uses only the low 32 bits of its seed
+        generator = Generator().manual_seed(zlib.crc32(f"{seed} {i}".encode()))
+        made = texture_views(some.repeat_interleave(textures, 0), generator=generator, **options)
+        write_at(part, len(header) + i * row, made.cpu().numpy())
+        done, now = min(i + block, len(images)), time.monotonic()
+        if now - told >= 10:
+            told, left = now, (len(images) - done) * (now - began) / (done - first) / 60
+            log(f"{path}: textures of {done} of {len(images)} images, {left:.0f} min left")
     os.replace(part, path)
-
-
-def open_bank(path, images=None) -> np.memmap:
-    """A finished bank (N, K, C, H, W), read-only and on disk; ValueError when it is unfinished.
-
-    And, where `images` are given, when it was made of others (by their number and the first), or at
-    another size.
-    """
-    note = json.loads(Path(f"{path}.json").read_text())
-    if images is not None:
-        count = note["shape"][0]
-        require(count == len(images), f"path={path} is of {count} images, not {len(images)}")
-        first = zlib.crc32(images[:1].cpu().numpy().tobytes())
-        require(note["first_image"] == first, f"path={path} is of other images, or another size")
-    require(note["done"] == note["shape"][0], f"path={path} is unfinished: run its command again")
     return np.load(path, mmap_mode="r")
 
 
-def from_bank(bank: np.ndarray, rows: Tensor, generator: Generator | None = None) -> Tensor:
-    """One of the K textures of each of the images `rows` (b,), at random: uint8 (b, C, H, W)."""
-    pick = draw(bank.shape[1], (len(rows),), generator)
-    return torch.from_numpy(np.array(bank[rows.cpu().numpy(), pick.numpy()]))
+def bank_header(shape: tuple[int, ...], plan: dict) -> bytes:
+    """The header of a .npy of uint8, which is Python; what it is made from follows as a comment."""
+    words = [f"{k}={v!a}" for k, v in plan.items() if v is not None]
+    text = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}}}  "
+    text += f"# textures: shape={'x'.join(map(str, shape))} {' '.join(words)}"
+    text += " " * (-(len(text) + 11) % 64) + "\n"  # 11: the magic, the length, the newline
+    return np.lib.format.magic(1, 0) + len(text).to_bytes(2, "little") + text.encode()
+
+
+def require_header(path: Path, header: bytes) -> None:
+    """ValueError that says what differs, unless `path` begins with `header` or ends within it."""
+    with path.open("rb") as file:
+        start = file.read(len(header) + 512)
+    if header.startswith(start[: len(header)]):
+        return
+    texts = (h.partition(b"# textures: ")[2].partition(b"\n")[0] for h in (start, header))
+    theirs, ours = (text.decode("latin1").split() for text in texts)
+    found = " ".join(w for w in theirs if w not in ours) or "something else"
+    wanted = " ".join(w for w in ours if w not in theirs) or "the defaults"
+    raise ValueError(f"{path} is of {found}, not of {wanted}: move it, or choose another place")
+
+
+def write_at(path: Path, place: int, data) -> None:
+    """Write bytes at an offset of a file, down to the disk. OSError names the file."""
+    try:
+        with path.open("r+b") as file:
+            file.seek(place)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        kept = f"{error.strerror} (what is written is kept; the same command goes on from there)"
+        raise OSError(error.errno, kept, str(path)) from None
 
 
 # ------------------------------------------------------------ 5. Command line
-def load(dataset: str | None, data_dir: str, size: int | None):
-    """The images that `sacl.py --dataset` trains on, in its order; slices: uint8 (b, 3, S, S)."""
-    import sacl
-
-    require(dataset is not None, "give --dataset NAME, or IMAGE files of your own")
-    given = dict(dataset=dataset, data_dir=data_dir) | ({"image_size": size} if size else {})
-    return sacl.load_data(sacl.Config(**given), "train").pixels
-
-
-def picture(images: Tensor, args: argparse.Namespace) -> None:
-    """The paper's Fig. 1 in a file: a column an image, its patches and its textures below it."""
-    from PIL import Image, ImageDraw
-
-    def grown(**options) -> Tensor:  # each from the same two patches: the seed's first draws
-        generator = Generator().manual_seed(args.seed)
-        options |= dict(patch=args.patch, window=args.window, eps=args.eps)
-        return texture_views(images, generator=generator, **options)
-
-    patches = two_patches(images, args.patch, Generator().manual_seed(args.seed))
-    rows = {"image": images, "its centre": patches[:, 0], "a random patch": patches[:, 1]}
-    rows |= {"one seed": grown(seeds=1), "a lattice of seeds": grown(seeds=args.seeds)}
-    zoom = max(1, 96 // min(images.shape[2:]))
-    h, w = (zoom * side + 8 for side in images.shape[2:])
-    sheet = Image.new("RGB", (110 + w * len(images), h * len(rows)), "white")
-    for i, (name, row) in enumerate(rows.items()):
-        ImageDraw.Draw(sheet).text((8, h * i + h // 2 - 6), name, fill="black")
-        row = row.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3).permute(0, 2, 3, 1)
-        for j, cell in enumerate(row.numpy()):
-            left, top = 110 + w * j + (w - cell.shape[1]) // 2, h * i + (h - cell.shape[0]) // 2
-            sheet.paste(Image.fromarray(cell), (left, top))
-    sheet.save(args.out or "textures.png")
-
-
-def run(args: argparse.Namespace) -> None:
-    options = dict(window=args.window, eps=args.eps)
-    if args.inputs == ["bank"]:
-        images = load(args.dataset, args.data_dir, args.size)
-        options |= dict(textures=args.textures, patch=args.patch, seeds=args.seeds, seed=args.seed)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        build_bank(images, args.out or "bank.npy", device=device, **options)
-    elif args.inputs:
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="A texture of each IMAGE: NAME-texture.png.")
+    parser.add_argument("pictures", nargs="+", type=Path, metavar="IMAGE")
+    parser.add_argument("--out", type=Path, default=Path(), help="folder; no file is replaced")
+    parser.add_argument("--size", type=int, default=128, help="side of a texture, in pixels")
+    parser.add_argument("--sample", type=int, default=64, help="side IMAGE is reduced to")
+    parser.add_argument("--window", type=int, default=5, help="side of the neighbourhood, odd")
+    parser.add_argument("--seeds", type=int, default=1, help="k: grow from k x k blocks")
+    parser.add_argument("--seed", type=int, default=0, help="of the random draws")
+    args = parser.parse_args(argv)
+    try:
         from PIL import Image
 
-        import sacl
+        from images import square
 
-        options |= dict(seeds=args.seeds or 1, generator=Generator().manual_seed(args.seed))
-        for path in map(Path, args.inputs):
-            sample = sacl.Files([path], args.sample)[:1]  # (1, 3, s, s)
-            texture = synthesize(sample[:, None], args.size or 128, **options)[0]
-            Image.fromarray(texture.permute(1, 2, 0).numpy()).save(f"{path.stem}-texture.png")
-    else:
-        require(args.show >= 1, f"--show {args.show} must be positive")
-        images = load(args.dataset, args.data_dir, args.size)
-        some = range(0, len(images), max(1, len(images) // args.show))[: args.show]
-        picture(torch.cat([images[i : i + 1] for i in some]), args)
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Textures grown from patches of images.")
-    parser.add_argument("inputs", nargs="*", metavar="IMAGE", help="pictures of your own; or: bank")
-    parser.add_argument("--dataset", help="a folder of images, or its name below --data-dir")
-    parser.add_argument("--data-dir", default="data")
-    parser.add_argument("--size", type=int, help="of the textures; as sacl.py's --image-size")
-    parser.add_argument("--window", type=int, default=5, help="side of the neighbourhood, odd")
-    parser.add_argument("--seeds", type=int, help="k: grow from k x k blocks (the paper: 1)")
-    parser.add_argument("--eps", type=float, default=0.1)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--patch", type=int, help="side of the two patches of an image")
-    parser.add_argument("--show", type=int, default=8, help="images in the picture")
-    parser.add_argument("--sample", type=int, default=64, help="side IMAGE is reduced to")
-    parser.add_argument("--textures", type=int, default=4, help="bank: so many of each image")
-    parser.add_argument("--out", help="default: textures.png, bank.npy; IMAGE: NAME-texture.png")
-    try:
-        run(parser.parse_args(argv))
-    except (ValueError, OSError, ImportError) as error:
-        print(f"texture.py: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.stdout.reconfigure(errors="backslashreplace")  # names the console cannot show
+        fits = args.window <= args.sample < 4096
+        require(fits, f"--sample {args.sample} must be from --window to 4095 pixels")
+        args.out.mkdir(parents=True, exist_ok=True)
+        samples = [square(path, args.sample) for path in args.pictures]  # all, before any work
+        for path, sample in zip(args.pictures, samples, strict=True):
+            options = dict(window=args.window, seeds=args.seeds)
+            options |= dict(generator=Generator().manual_seed(args.seed % 2**32))
+            texture = synthesize(sample[None, None], args.size, **options)[0]
+            # a free name: no file is replaced, and pictures of one name are kept apart
+            names = (args.out / f"{path.stem}-texture{i or ''}.png" for i in itertools.count())
+            with next(name for name in names if not name.exists()).open("xb") as file:
+                Image.fromarray(texture.permute(1, 2, 0).numpy()).save(file, "PNG")
+            print(f"{path} -> {file.name}", flush=True)
+    except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as error:
+        said = " ".join(str(error).split()) or "not enough memory: lower --size or --sample"
+        print(f"texture.py: {said}", file=sys.stderr)
         sys.exit(2)
 
 
