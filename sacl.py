@@ -689,7 +689,7 @@ def read_archive(cfg: Config, split: str) -> Images:
 def download(kind: type, urls: list[str], root: Path, part: dict):
     """A torchvision dataset from the first host that has it; torchvision checks the md5."""
     for url in urls:
-        say(f"downloading {url} to {root}")
+        say(f"downloading {kind.__name__.lower()} from {url} to {root}")
         try:
             with contextlib.redirect_stderr(io.StringIO()):  # a bar of carriage returns fills logs
                 return type(kind.__name__, (kind,), dict(url=url))(str(root), download=True, **part)
@@ -706,13 +706,14 @@ def find_archive(data_dir: Path, kind: type) -> Path | None:
 
     Kaggle's copies lie in folders of any name.
     """
-    files = {name for name, _ in [*kind.train_list, *kind.test_list]}
-    for depth in range(6):
-        for path in data_dir.glob("*/" * depth + min(files)):
-            if path.parent.name == kind.base_folder or all(
-                (path.parent / f).exists() for f in files
-            ):
-                return path.parent.resolve()
+    files = sorted(name for name, _ in [*kind.train_list, *kind.test_list])
+    for above in ("*/" * depth for depth in range(6)):
+        for folder in data_dir.glob(above + kind.base_folder):
+            if folder.is_dir():
+                return folder.resolve()
+        for file in data_dir.glob(above + files[0]):
+            if all((file.parent / name).exists() for name in files):
+                return file.parent.resolve()
     return None
 
 
@@ -750,7 +751,9 @@ def make_textures(data: Images, cfg: Config, epoch: int) -> Tensor | np.ndarray 
     cuda, side = torch.cuda.is_available(), data.pixels.shape[-1]
     try:
         if cfg.texture_bank:
+            names = zlib.crc32("\n".join(data.names).encode())
             options |= dict(seed=cfg.seed, device="cuda" if cuda else "cpu", log=say)
+            options["images_id"] = f"{names:08x}"
             with claim(Path(f"{cfg.texture_bank}.lock"), wait=True):
                 return texture.bank(data.pixels, cfg.texture_bank, **options)
         if isinstance(data.pixels, np.ndarray) or side > (96 if cuda else 64):
@@ -1311,7 +1314,11 @@ def parse(kind: type, argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(
         Path(inspect.getsourcefile(kind)).name,
         usage="%(prog)s [--name value ...]",
-        description=inspect.getsource(kind),
+        description=re.sub(
+            r"(?m)^    (\w+)(?=: .* = )",
+            lambda found: "    --" + found[1].replace("_", "-"),
+            inspect.getsource(kind),
+        ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
