@@ -38,6 +38,7 @@ import inspect
 import io
 import itertools
 import json
+import logging
 import math
 import os
 import platform
@@ -918,7 +919,7 @@ def run_epochs(cfg: Config, build, train_set, test_set, bank, device) -> nn.Modu
             )
     model = compiled(raw, cfg, dtype, last - step)
     if world > 1:
-        model = nn.parallel.DistributedDataParallel(raw, broadcast_buffers=False)
+        model = nn.parallel.DistributedDataParallel(raw)
 
     order = epoch_order(len(images), cfg, step // steps)[:, rank() :: world]
     loss_sum, counted = torch.zeros((), device=device), 0  # since the last log line
@@ -1046,6 +1047,7 @@ def compiled(model: nn.Module, cfg: Config, dtype: torch.dtype, steps: int) -> n
     if cfg.compile == "on" or (cfg.compile == "auto" and pays):
         say("compiling at the first step; where the compiler fails, the run goes on without it")
         torch._dynamo.config.suppress_errors = True
+        torch._logging.set_logs(dynamo=logging.ERROR)  # else its warnings are 90 lines
         model.compile(dynamic=False)
     return model
 
