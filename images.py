@@ -1,0 +1,295 @@
+"""Own images: which files a folder holds, and their squares of uint8 pixels.
+
+    list_images   folder   -> Listing         files, classes, and what was left out
+    square        a file   -> (3, S, S)       upright, shorter side scaled to S, centre kept
+    decode        Listing  -> (L, 3, S, S)    in memory, or once for all in a mapped file
+
+Bad input raises ValueError, a sentence that names the file. OSErrors of the disk and MemoryErrors
+are not an image's fault and pass as they are.
+"""
+
+import contextlib
+import errno
+import hashlib
+import io
+import itertools
+import math
+import os
+import re
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, PngImagePlugin
+from torch import Tensor
+
+DECODER = 1  # to be raised whenever the same file gives other pixels
+MOST_PIXELS = 2**29  # of a picture; a photograph of 20,000 x 20,000 has fewer
+NOT_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}  # vectors, containers
+SYSTEM = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
+# such as train, Training_set, train.X1, val2017, testB; seg_train where seg_test is, too
+SPLIT = re.compile(
+    r"(?P<front>.*[\W_])?(?i:(?P<train>train(?:ing)?)|(?P<test>test(?:ing)?)|(?P<val>val(?:id"
+    r"(?:ate|ation)?)?|dev|eval))(?i:[\W_]*(?:(?:data)?set|data|split|ima?ge?s?|x?\d*))[AB]?"
+)
+
+
+class Listing(NamedTuple):
+    """The images of a split."""
+
+    paths: list[Path]  # sorted
+    labels: Tensor  # (L,), int64; -1 where there is none
+    classes: list[str]
+    names: list[str]  # "path below the dataset's folder<TAB>bytes": tells these images from others
+    told: list[str]  # sentences for the user: how many from where, and what was left out
+
+
+def list_images(root: Path, split: str) -> Listing | None:
+    """The "train" or "test" images of a dataset's folder; None where it has no test images.
+
+    A folder train, and test or val beside it, are the splits, in any case and within any folders
+    around them. Without them all images are for training. The folders that divide a split's images
+    are its classes; one that holds all of them is none.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise ValueError(f"{root}: there is no such folder")
+    sizes, skipped = scan(root)
+    train_folder, test_folders, rest = find_splits(root, sizes)
+    train = list_split(root, train_folder, sizes, skipped)
+    if not sizes:
+        none = f"{root} and the folders below it hold no images: name another folder"
+        raise ValueError("; ".join([none, *train.told[1:]]))
+    if split == "train":
+        if rest:
+            train.told.append(f"not used: {len(rest)} images, such as {'/'.join(min(rest))}")
+        return train
+    tests = [
+        list_split(root, f, sizes, skipped, "test images", train.classes) for f in test_folders
+    ]
+    # those labelled as the training images are, then those labelled otherwise, then the others
+    tests.sort(key=lambda test: (test.classes != train.classes, not test.classes))
+    for other in tests[1:]:
+        tests[0].told.append(f"not used: {other.told[0]}")
+    return tests[0] if tests else None
+
+
+def scan(root: Path) -> tuple[dict[str, int], dict[str, str]]:
+    """By path below root: the bytes of each image, and the kind of what is skipped.
+
+    Links are followed, but not to a folder that they lie in.
+    """
+    kinds = Image.registered_extensions().items()  # MPO is read as JPEG
+    kinds = {k for k, f in kinds if f == "MPO" or f in Image.OPEN and f not in NOT_PICTURES}
+    sizes, skipped, waiting = {}, {}, [(root, (), set())]
+    while waiting:
+        where, folder, around = waiting.pop()
+        this = os.stat(where)[1:3]  # inode and device
+        if this in around:
+            skipped[folder] = "link in a circle"
+            continue
+        for entry in os.scandir(where):
+            path, kind = (*folder, entry.name), Path(entry.name).suffix.lower()
+            try:
+                if entry.name.startswith(".") or entry.name in SYSTEM:
+                    skipped[path] = "hidden"
+                elif entry.is_dir():
+                    waiting.append((entry.path, path, around | {this}))
+                elif not entry.is_file():
+                    skipped[path] = "broken link" if entry.is_symlink() else "other"
+                elif kind in kinds:
+                    sizes[path] = entry.stat().st_size
+                else:
+                    skipped[path] = kind if re.fullmatch(r"\.[a-z]\w{0,4}", kind) else "other"
+            except OSError as error:
+                if error.errno != errno.ELOOP:
+                    raise
+                skipped[path] = "link in a circle"
+    return sizes, skipped
+
+
+def find_splits(root: Path, sizes: dict[tuple, int]) -> tuple[tuple, list[tuple], list[tuple]]:
+    """The folder of training images, () for root itself; those of test images; images of neither.
+
+    Refuses where test images might be trained on unsaid.
+    """
+    folders = {path[:i] for path in sizes for i in range(1, len(path))}
+    found = {f: match for f in folders if (match := SPLIT.fullmatch(f[-1]))}
+    # a word in front counts where it is before both
+    paired = {(m["front"], bool(m["train"])) for m in found.values()} | {(None, 0), (None, 1)}
+    named = {f: m.lastgroup for f, m in found.items() if (m["front"], not m["train"]) in paired}
+    outer = [f for f in sorted(named) if not any(f[:i] in named for i in range(len(f)))]
+    trains = [f for f in outer if named[f] == "train"]
+    tests = sorted((f for f in outer if named[f] != "train"), key=named.get)  # "test" before "val"
+    rest = [p for p in sizes if not any(p[: len(f)] == f for f in outer)]
+    mixed = any(named[f] != "train" for f in named for t in trains if f[: len(t)] == t)
+    clear = len(trains) == len({f[:-1] for f in outer}) == 1 and not mixed
+    if outer and not (clear and (tests or not rest)):  # train alone may be one class of several
+        shown = ", ".join("/".join(f) for f in sorted(named)[:4])
+        raise ValueError(
+            f"{root}: its folders {shown} do not tell which images are for training and which for "
+            "testing: keep one folder train, and one folder test or val beside it (rename a class "
+            "of such a name), or give the folder to train on as the dataset"
+        )
+    return trains[0] if outer else (), tests, rest if outer else []
+
+
+def list_split(root: Path, folder: tuple, sizes, skipped, what="images", known=()) -> Listing:
+    """The images below a folder of root. One of the `known` training classes is always a class."""
+    paths = sorted((p for p in sizes if p[: len(folder)] == folder), key="/".join)
+    common, depth = os.path.commonprefix([p[:-1] for p in paths]), len(folder)
+    while depth < len(common) and common[depth] not in known:
+        depth += 1
+    classes = sorted({p[depth] for p in paths if len(p) > depth + 1})
+    if len(classes) == 1 and classes[0] not in known:
+        classes = []
+    number = {name: i for i, name in enumerate(classes)}
+    labels = [number.get(p[depth], -1) if len(p) > depth + 1 else -1 for p in paths]
+    divided = f"{len(classes)} classes" if classes else "no labels"
+    told = [f"{len(paths)} {what}, {divided}, from {root.joinpath(*common[:depth])}"]
+    if classes and -1 in labels:
+        told.append(f"{labels.count(-1)} of them lie beside the class folders and have no label")
+    counts = Counter(kind for p, kind in skipped.items() if p[: len(folder)] == folder)
+    if counts:
+        told.append("skipped " + ", ".join(f"{n} {kind}" for kind, n in counts.most_common()))
+    names = [f"{'/'.join(p)}\t{sizes[p]}".encode("utf-8", "backslashreplace") for p in paths]
+    files, names = [root.joinpath(*p) for p in paths], [name.decode() for name in names]
+    return Listing(files, torch.tensor(labels), classes, names, told)
+
+
+def square(path: Path, side: int) -> Tensor:
+    """An image file as uint8 (3, side, side): upright, shorter side scaled to `side`, centre kept.
+
+    Of an animation, the first frame; transparency lies on white; colour profiles are not applied.
+    """
+    # Pillow's bounds refuse photographs and editors' notes, and have no other switch
+    Image.MAX_IMAGE_PIXELS = MOST_PIXELS
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
+    try:
+        # read as a whole, so that a fault of the disk is never one of Pillow's decoders
+        image = Image.open(io.BytesIO(Path(path).read_bytes()))
+        image.draft(None, (2 * side, 2 * side))  # a JPEG is decoded at 1/2, 1/4 or 1/8
+        if image.width * image.height > MOST_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels are too many")
+        rgb = stretch(image) if image.mode[0] in "IF" else image
+        if rgb.has_transparency_data:
+            rgb = rgb.convert("RGBA")
+            rgb = Image.alpha_composite(Image.new("RGBA", rgb.size, "white"), rgb)
+        rgb = rgb.convert("RGB")  # loads the picture, whose size may be known only then
+        short = min(rgb.size)
+        # without scaling on whole pixels, which then stay as they are
+        left, top = ((n - short) // 2 if short == side else (n - short) / 2 for n in rgb.size)
+        box = (left, top, left + short, top + short)
+        x = rgb.resize((side, side), Image.Resampling.BICUBIC, box)
+    except Exception as error:  # Pillow raises a dozen kinds for a broken file
+        if getattr(error, "errno", None):
+            error.filename = error.filename or str(path)
+            raise
+        if isinstance(error, MemoryError) or "out of memory" in str(error):
+            raise MemoryError(f"{path}: out of memory") from None
+        reason = re.split(r" <|\n", str(error))[0] or type(error).__name__
+        raise ValueError(f"{path}: not a readable image ({reason}): remove or replace it") from None
+    x.info = image.info
+    with contextlib.suppress(Exception):  # damaged EXIF turns nothing
+        x = ImageOps.exif_transpose(x)
+    return torch.from_numpy(np.array(x)).permute(2, 0, 1).contiguous()
+
+
+def stretch(image: Image.Image) -> Image.Image:
+    """Grey of more than 8 bits as 8: by the least of the usual depths that holds its values.
+
+    By its own extremes where values are negative or beyond all, or 16 greys would not be left.
+    """
+    values = np.asarray(image).astype(np.float64)
+    low, high = values.min(), values.max()
+    if not math.isfinite(high - low):
+        raise ValueError("not all of its values are finite")
+    depths = [1] if image.mode == "F" else [2**bits - 1 for bits in (8, 10, 12, 14, 16)]
+    top = next((depth for depth in depths if high <= depth), 0)
+    if low >= 0 and top and not 0 < high - low < top / 16:
+        low, high = 0, top
+    grey = ((values - low) * (255 / (high - low or 1))).round().astype(np.uint8)
+    if len(np.unique(grey)) < min(16, len(np.unique(values)) / 4):
+        raise ValueError("its values lie too far apart for 256 greys")
+    grey[values == image.info.get("transparency", math.nan)] = 255
+    return Image.fromarray(grey)
+
+
+def decoded_path(listing: Listing, side: int, folder: Path) -> Path:
+    """Where the decoded file of these images is or will be; other images have another name."""
+    times = [str(os.stat(path).st_mtime_ns) for path in listing.paths]
+    digest = hashlib.sha256("\0".join(listing.names + times).encode()).hexdigest()[:16]
+    return Path(folder, f"{len(times)}x{side}px-v{DECODER}-{digest}.npy")
+
+
+def decode(listing: Listing, side: int, folder: Path, in_memory: int = 4 << 30):
+    """The squares, uint8 (L, 3, side, side): a tensor of up to `in_memory` bytes, or a mapped file.
+
+    The file is decoded once, into `folder`, by one process at a time; a stopped one goes on.
+    """
+    shape = (len(listing.paths), 3, side, side)
+    if math.prod(shape) <= in_memory:
+        squares = torch.empty(shape, dtype=torch.uint8)
+        for row, block in decode_blocks(listing.paths, side):
+            squares[row : row + len(block)] = block
+        return squares
+    target = decoded_path(listing, side, folder)
+    try:
+        return np.load(target, mmap_mode="r")
+    except (FileNotFoundError, NotADirectoryError, EOFError, ValueError):  # none, or a damaged one
+        write_squares(listing.paths, side, target)
+    return np.load(target, mmap_mode="r")
+
+
+def decode_blocks(paths: list[Path], side: int, start: int = 0) -> Iterator[tuple[int, Tensor]]:
+    """The squares of paths[start:], (n, 3, side, side) with the row of the first, by threads."""
+    many = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    began = told = time.monotonic()
+    with ThreadPoolExecutor(many) as pool:
+        for row in range(start, len(paths), 64):
+            block = list(pool.map(square, paths[row : row + 64], itertools.repeat(side)))
+            yield row, torch.stack(block)
+            done, now = row + len(block), time.monotonic()
+            if now - told >= 10:
+                minutes = (now - began) / 60 * (len(paths) - done) / (done - start)
+                print(f"decoded {done} of {len(paths)}, {minutes:.1f} min left", flush=True)
+                told = now
+
+
+def write_squares(paths: list[Path], side: int, target: Path) -> None:
+    """Append squares to a file beside the target, whose length tells how many; then rename it."""
+    header, part, size = io.BytesIO(), target.with_suffix(".npy.part"), 3 * side**2
+    array = {"descr": "|u1", "fortran_order": False, "shape": (len(paths), 3, side, side)}
+    np.lib.format.write_array_header_1_0(header, array)
+    try:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        done = max(0, (part.stat().st_size if part.exists() else 0) - header.tell()) // size
+        free, total = shutil.disk_usage(part.parent).free / 1e9, len(paths) * size / 1e9
+        if (len(paths) - done) * size / 1e9 > free:
+            raise ValueError(
+                f"{target} takes {total:.1f} GB and only {free:.1f} are free: free space there or "
+                "choose another --decoded-dir"
+            )
+        what = f"decoding {len(paths)} images of {side} px into {target} ({total:.1f} GB), once"
+        print(what + (f"; {done} are done" if done else ""), flush=True)
+        with open(part, "ab") as file:
+            file.truncate(header.tell() + done * size if done else 0)
+            file.write(b"" if done else header.getvalue())
+            for _, block in decode_blocks(paths, side, done):
+                file.write(block.numpy())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, target)
+    except OSError as error:
+        if error.filename in map(str, paths):
+            raise  # of an image
+        raise ValueError(
+            f"{part} cannot be written ({error.strerror}): free space there or choose another "
+            "--decoded-dir; what is decoded is kept"
+        ) from None
