@@ -228,10 +228,11 @@ def decoded_path(listing: Listing, side: int, folder: Path) -> Path:
     return Path(folder, f"{len(times)}x{side}px-v{DECODER}-{digest}.npy")
 
 
-def decode(listing: Listing, side: int, folder: Path, in_memory: int = 4 << 30):
+def decode(listing: Listing, side: int, folder: Path, in_memory: int = 4 << 30, claim=None):
     """The squares, uint8 (L, 3, side, side): a tensor of up to `in_memory` bytes, or a mapped file.
 
-    The file is decoded once, into `folder`, by one process at a time; a stopped one goes on.
+    The file is decoded once, into `folder`; a stopped process goes on. claim(lock, wait=True), as
+    sacl.claim, makes others wait meanwhile.
     """
     shape = (len(listing.paths), 3, side, side)
     if math.prod(shape) <= in_memory:
@@ -240,10 +241,12 @@ def decode(listing: Listing, side: int, folder: Path, in_memory: int = 4 << 30):
             squares[row : row + len(block)] = block
         return squares
     target = decoded_path(listing, side, folder)
-    try:
-        return np.load(target, mmap_mode="r")
-    except (FileNotFoundError, NotADirectoryError, EOFError, ValueError):  # none, or a damaged one
-        write_squares(listing.paths, side, target)
+    lock = claim(target.with_suffix(".lock"), wait=True) if claim else contextlib.nullcontext()
+    with lock:
+        try:
+            return np.load(target, mmap_mode="r")
+        except (FileNotFoundError, NotADirectoryError, EOFError, ValueError):  # none, or damaged
+            write_squares(listing.paths, side, target)
     return np.load(target, mmap_mode="r")
 
 

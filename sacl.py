@@ -644,7 +644,9 @@ def load_data(cfg: Config, split: str) -> Images | None:
             return None
         for line in found.told:
             say(line)
-        pixels = images.decode(found, stored_side(cfg.image_size), Path(cfg.decoded_dir), claim)
+        pixels = images.decode(
+            found, stored_side(cfg.image_size), Path(cfg.decoded_dir), claim=claim
+        )
     except ValueError as error:
         raise UsageError(f"--dataset {cfg.dataset}: {error}") from None
     return Images(pixels, found.labels, found.classes, found.names)
