@@ -7,7 +7,6 @@ the GPU where it asks for a value, or where it copies between GPU and CPU: `NoCo
 
 import pytest
 import torch
-from test_sacl import tiny
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -18,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import sacl
+from conftest import tiny
 
 STEPS = 2
 SETTINGS = {

@@ -1,0 +1,77 @@
+"""What the tests share: a small folder of images, a run on it, and how to call the programs."""
+
+import contextlib
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision.transforms import functional as TF
+
+import sacl
+from sacl import Config
+
+# width 8: with 4 channels oneDNN of torch 2.14 corrupts memory
+SMALL = dict(
+    arch="resnet18", width=8, dim=16, image_size=16, batch_size=16, epochs=2, texture="none",
+    print_every=1, knn_every=0, amp="off",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small tensors are slower on two threads, and sums must round alike in every run."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A dataset of 48 + 24 small PNGs in two classes, dark and bright."""
+    root = tmp_path_factory.mktemp("images")
+    g = torch.Generator().manual_seed(0)
+    for split, count in (("train", 24), ("test", 12)):
+        for label, level in (("bright", 160), ("dark", 40)):
+            (root / split / label).mkdir(parents=True)
+            for i in range(count):
+                x = (torch.rand(3, 16, 16, generator=g) * 60 + level).byte()
+                TF.to_pil_image(x).save(root / split / label / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def finished(folder, tmp_path_factory):
+    """The folder of a finished run of three steps; tests that change it copy it."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    torch.set_num_threads(1)
+    sacl.train(tiny(folder, output_dir=out, epochs=1, knn_every=1))
+    return out
+
+
+def tiny(dataset="shapes", **given) -> Config:
+    """Settings of a run that takes a second."""
+    return Config(**{"dataset": dataset, **SMALL, **given})
+
+
+def flags(dataset="shapes", **given) -> list[str]:
+    """The command line that makes the settings of `tiny`."""
+    words = {"dataset": dataset, **SMALL, **given}.items()
+    return [w for k, v in words for w in ("--" + k.replace("_", "-"), str(v))]
+
+
+def log_of(run: Path) -> list[float]:
+    """The loss of every step."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def refused(*argv, program=sacl, code=2) -> str:
+    """Run the command line in this process; returns the one sentence it ends with."""
+    error = io.StringIO()
+    with pytest.raises(SystemExit) as stop, contextlib.redirect_stderr(error):
+        program.main([str(a) for a in argv])
+    assert stop.value.code == code, error.getvalue()
+    last = error.getvalue().strip().splitlines()[-1]
+    assert "Traceback" not in error.getvalue() and last.startswith(Path(program.__file__).name)
+    return last
