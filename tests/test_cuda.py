@@ -100,9 +100,8 @@ def rehearse(monkeypatch, tmp_path):
             x = torch.empty(80, 3, 16, 16, dtype=torch.uint8, device=device)  # 5 steps an epoch
             data = sacl.Images(x, torch.zeros(80, dtype=torch.long), ["a", "b"], ["80 images"])
             patch.setattr(sacl, "make_textures", lambda *_: None if cfg.texture == "none" else x)
-            patch.setattr(sacl, "save_run", lambda *_: None)
-            patch.setattr(sacl, "start_log", lambda *_: None)
-            patch.setattr(sacl, "describe_machine", lambda *_: {})
+            for name in ("save_run", "start_log", "describe_machine"):
+                patch.setattr(sacl, name, lambda *_, **__: {})
             if device.type == "cuda":
                 patch.setattr(Tensor, "backward", backward)
                 patch.setattr(torch.cuda, "is_available", lambda: True)
@@ -126,9 +125,18 @@ def test_no_step_waits_for_the_gpu_or_leaves_it(name, rehearse):
 
 def test_backward_asks_for_no_value(rehearse):
     """It cannot be rehearsed on a pretended GPU, but on a CPU without values."""
-    done, wait = rehearse("cpu", texture="negative", negatives="eq10")
-    if done < STEPS:
+    done, wait = rehearse("cpu", texture="negative", negatives="eq10", max_steps=1)
+    if not done:
         raise wait
+
+
+@pytest.mark.parametrize("capability, dtype", [((7, 5), torch.float16), ((8, 0), torch.bfloat16)])
+def test_precision_is_chosen_by_the_card(monkeypatch, capability, dtype):
+    """A T4 (7.5) says is_bf16_supported() although it only emulates it; a CPU keeps float32."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert sacl.precision(tiny(amp="auto"), torch.device("cuda")) == dtype
+    assert sacl.precision(tiny(amp="auto"), torch.device("cpu")) == torch.float32
+    assert sacl.precision(tiny(amp="bf16"), torch.device("cpu")) == torch.bfloat16
 
 
 WAITING = {

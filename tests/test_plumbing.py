@@ -1,0 +1,708 @@
+"""What real folders, machines and sessions do to a run: nothing lost, nothing misread.
+
+The eight kinds of faults have a section each. Kind 4, images as the person sees them, and most of
+kind 5, which images are used, are in test_images.py; of kind 8, textures are in test_texture.py.
+"""
+
+import dataclasses
+import hashlib
+import inspect
+import io
+import json
+import math
+import multiprocessing
+import os
+import pickle
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+
+import eval_linear
+import sacl
+from conftest import SMALL, flags, log_of, refused, tiny
+from eval_linear import ProbeConfig
+from sacl import Config, SEResNet, UsageError
+
+HERE = Path(__file__).parent
+THREE = ("checkpoint.pth", "backbone.pth", "target_backbone.pth")
+
+
+def contents(folder):
+    """The bytes of each file below a folder."""
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def assert_of_one_step(out):
+    """The backbones are the checkpoint's, and load strictly under torchvision's names."""
+    saved = torch.load(out / "checkpoint.pth", weights_only=True)
+    for name, part in (("backbone", "encoder."), ("target_backbone", "target_encoder.")):
+        weights = torch.load(out / f"{name}.pth", weights_only=True)
+        SEResNet("resnet18", width=8).load_state_dict(weights, strict=True)
+        assert all(torch.equal(v, saved["model"][part + k].cpu()) for k, v in weights.items())
+    return saved
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of a finished run."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+@pytest.fixture(scope="session")
+def begun(folder, tmp_path_factory):
+    """A run that was stopped after 2 of its 6 steps."""
+    out = tmp_path_factory.mktemp("begun") / "run"
+    sacl.train(tiny(folder, output_dir=out, max_steps=2))
+    return out
+
+
+@pytest.fixture
+def stopped(begun, tmp_path):
+    """A copy of it."""
+    return Path(shutil.copytree(begun, tmp_path / "stopped"))
+
+
+@pytest.fixture(scope="session")
+def losses(folder, tmp_path_factory):
+    """Of the six steps of the same run when nothing comes between them."""
+    out = tmp_path_factory.mktemp("whole")
+    sacl.train(tiny(folder, output_dir=out))
+    return log_of(out)
+
+
+# ------------------------------------------------------------ kind 1: nothing trained is ever lost
+
+
+def test_a_run_leaves_a_checkpoint_of_plain_types_backbones_of_its_step_and_a_log(finished, folder):
+    saved = assert_of_one_step(finished)
+    assert {"settings", "step", "images", "model", "optimizer", "scaler"} <= set(saved)
+    first, untrained, *steps = sacl.read_log(finished / "log.jsonl")
+    assert Config(**first["settings"]) == tiny(folder, output_dir=finished, epochs=1, knn_every=1)
+    assert {"python", "torch", "device", "precision", "processes", "git"} <= set(first["machine"])
+    assert {"knn", "knn_target", "pixels"} <= set(untrained) and untrained["pixels"] == 100
+    assert [line["step"] for line in steps] == [1, 2, 3]
+    assert {"epoch", "loss", "lr", "m", "images_per_s", "spread", "positive"} <= set(steps[0])
+    assert {"epoch_loss", "knn", "knn_target", "seconds"} <= set(steps[-1])
+    assert steps[-1]["epoch_loss"] == pytest.approx(sum(s["loss"] for s in steps) / 3)
+    assert json.loads((finished / "config.json").read_text()) == first["settings"]
+    assert {p.name for p in finished.iterdir()} <= {*THREE, "config.json", "log.jsonl", "lock"}
+
+
+@pytest.mark.parametrize("written", [1, 2])
+def test_backbones_are_mended_where_a_kill_came_between_the_writes(
+    written, stopped, folder, monkeypatch
+):
+    cfg, real, left = tiny(folder, output_dir=stopped, max_steps=1), sacl.save, [written + 2]
+
+    def save(path, content):  # two backbones at the start, then the checkpoint, then two backbones
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        real(path, content)
+
+    with monkeypatch.context() as kill, pytest.raises(KeyboardInterrupt):
+        kill.setattr(sacl, "save", save)
+        sacl.train(cfg)
+    with pytest.raises(AssertionError):
+        assert_of_one_step(stopped)
+    (stopped / "target_backbone.pth").unlink()
+    sacl.train(cfg)
+    assert assert_of_one_step(stopped)["step"] == 4
+
+
+@pytest.mark.parametrize("which", [0, 2, 3, 4, 5])
+def test_when_the_disk_is_full_the_checkpoint_stays_whole_and_the_run_goes_on(
+    which, stopped, folder, losses, monkeypatch
+):
+    """A resumed run writes two backbones, log, settings, then checkpoint and two backbones."""
+    words, real, calls = flags(folder, output_dir=stopped, max_steps=1), os.fsync, iter(range(7))
+    before = (stopped / "checkpoint.pth").read_bytes()
+
+    def fsync(file):
+        if next(calls) == which:
+            raise OSError(28, "No space left on device")
+        real(file)
+
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "fsync", fsync)
+        assert "No space left on device" in refused(*words)
+    assert not list(stopped.glob("*.part"))
+    assert ((stopped / "checkpoint.pth").read_bytes() == before) == (which < 5)
+    sacl.main(words)
+    assert log_of(stopped) == losses[: len(log_of(stopped))] and len(log_of(stopped)) >= 3
+    assert_of_one_step(stopped)
+
+
+def test_a_cut_log_is_no_hindrance(stopped, folder, losses):
+    with open(stopped / "log.jsonl", "a") as file:
+        file.write('{"epoch": 1, "step": 3, "loss": 0.1}\n{"epoch": 1, "st')
+    sacl.train(tiny(folder, output_dir=stopped))
+    assert log_of(stopped) == losses
+
+
+def test_files_of_the_users_own_are_never_replaced(folder, tmp_path):
+    """Nor is the encoder of a run whose checkpoint was deleted to save room."""
+    words, kept = flags(folder, output_dir=tmp_path / "a", max_steps=1), tmp_path / "kept"
+    for name in ("config.json", "backbone.pth", "target_backbone.pth", "log.jsonl"):
+        (tmp_path / "a").mkdir(exist_ok=True)
+        (tmp_path / "a" / name).write_text("mine")
+        sentence = refused(*words)
+        assert name in sentence and "move that file away" in sentence
+        assert (tmp_path / "a" / name).read_text() == "mine"
+        (tmp_path / "a" / name).rename(kept)
+    sacl.main(words)  # the advice works
+    assert kept.read_text() == "mine"
+
+
+def test_a_backbone_is_not_replaced_by_a_less_trained_one(run, stopped, folder):
+    for name in THREE[1:]:
+        shutil.copy(run / name, stopped)  # three steps, and a checkpoint of two
+    before, words = contents(stopped), flags(folder, output_dir=stopped, max_steps=1)
+    assert "further trained than checkpoint.pth" in refused(*words)
+    assert contents(stopped) == before
+    for name in THREE[1:]:  # the advice works
+        (stopped / name).rename(stopped / f"kept-{name}")
+    sacl.main(words)
+    assert assert_of_one_step(stopped)["step"] == 3
+
+
+class Foreign:
+    """Something that weights_only=True does not take."""
+
+
+FOREIGN = {
+    "another program's": {"model": {}, "epoch": 3},
+    "a list": [1, 2],
+    "a tensor": torch.zeros(3),
+    "an object": Foreign(),
+    "half a file": None,
+    "nothing": b"",
+    "text": b"Not a checkpoint at all.",
+    "of an older version": {"settings": {"tau": 0.2}, "step": 1, "model": {}, "optimizer": {}},
+    "alike": {"settings": 3, "step": 1, "images": []},
+}
+
+
+@pytest.mark.parametrize("kind", [
+    *list(FOREIGN)[:-1], pytest.param("alike", marks=pytest.mark.xfail(strict=True, reason="fault"))
+])  # fmt: skip
+def test_a_checkpoint_of_another_program_is_told_and_kept(kind, run, folder):
+    path, content = run / "checkpoint.pth", FOREIGN[kind]
+    if content is None:
+        content = path.read_bytes()[:1000]
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    before = contents(run)
+    assert "checkpoint.pth" in refused(*flags(folder, output_dir=run))
+    assert contents(run) == before
+
+
+def test_a_run_of_another_model_or_of_other_settings_is_refused_and_kept(stopped, folder, losses):
+    before = contents(stopped)
+    with pytest.raises(UsageError, match="a run of another model"):
+        cfg = tiny(folder, output_dir=stopped)
+        sacl.train(cfg, lambda cfg: sacl.SACL(dataclasses.replace(cfg, proj_layers=2)))
+    words = flags(folder, output_dir=stopped)
+    assert "--tau 0.2, not 0.5: give --tau 0.2 to go on" in refused(*words, "--tau", 0.5)
+    assert contents(stopped) == before
+    sacl.main([*words, "--tau", "0.2"])  # the advice works
+    assert log_of(stopped) == losses
+
+
+def test_each_evaluation_has_a_file_of_its_own(finished, tmp_path):
+    mine = tmp_path / "linear-online-lbfgs.json"
+    mine.write_text("mine")
+    given = dict(run=finished, output_dir=tmp_path, probe="lbfgs")
+    results = [eval_linear.evaluate(ProbeConfig(**given, seed=seed)) for seed in (0, 1, 0)]
+    assert mine.read_text() == "mine"
+    names = [f"linear-online-lbfgs-{number}.json" for number in (2, 3)]
+    assert [json.loads((tmp_path / name).read_text()) for name in names] == results[:2]
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize("program", [sacl, eval_linear])
+def test_what_cannot_be_written_is_found_out_before_the_work(
+    program, finished, tmp_path, monkeypatch
+):
+    """A file in the way, and a folder that is read-only, as /kaggle/input."""
+    monkeypatch.setattr(sacl, "load_data", lambda *_: pytest.fail("the work has begun"))
+    first, how = [finished] * (program is eval_linear), dict(program=program)
+    (tmp_path / "file").write_text("")
+    assert "--output-dir" in refused(*first, "--output-dir", tmp_path / "file" / "a", **how)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    assert "--output-dir" in refused(*first, "--output-dir", tmp_path / "a", **how)
+    assert "--output-dir" in refused(*first, **how)
+
+
+# ------------------------------------------------------------ kind 2: one writer
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the other process is a fork")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA does not survive a fork")
+def test_a_second_start_is_refused_and_a_killed_run_goes_on(folder, tmp_path, losses, monkeypatch):
+    """The lock is the process's: it dies with it."""
+    cfg, real = tiny(folder, output_dir=tmp_path), sacl.write_log
+
+    def log_and_hang(out, line, more=""):
+        real(out, line, more)
+        if line["step"] == 4:
+            (out / "hangs").touch()
+            signal.pause()
+
+    with monkeypatch.context() as slow:
+        slow.setattr(sacl, "write_log", log_and_hang)
+        slow.setattr(sacl, "SAVE_SECONDS", 0)
+        first = multiprocessing.get_context("fork").Process(target=sacl.train, args=(cfg,))
+        first.start()
+    while not (tmp_path / "hangs").exists():
+        assert first.is_alive()
+        time.sleep(0.02)
+    before = contents(tmp_path)
+    assert "in use by another process" in refused(*flags(folder, output_dir=tmp_path))
+    assert contents(tmp_path) == before
+    first.kill()
+    first.join()
+    assert assert_of_one_step(tmp_path)["step"] == 3  # the fourth was logged, and not saved
+    sacl.train(cfg)
+    assert log_of(tmp_path) == losses
+
+
+def test_different_runs_do_not_fall_into_one_folder(folder, tmp_path, monkeypatch):
+    """By dataset and seed; folders of one name are told apart by their images."""
+    seeds = [Config(dataset="cifar100", seed=seed).output_dir for seed in (0, 1, 12)]
+    assert seeds == ["runs/cifar100", "runs/cifar100-seed1", "runs/cifar100-seed12"]
+    assert Config(dataset="photos/").output_dir == Config(dataset="./photos").output_dir
+    monkeypatch.chdir(tmp_path)
+    for name in "ab":
+        shutil.copytree(folder, tmp_path / name / "photos")
+    next((tmp_path / "b" / "photos" / "train").rglob("*.png")).unlink()
+    sacl.train(tiny("a/photos", max_steps=1))
+    assert "holds a run on 48 images" in refused(*flags("b/photos", max_steps=1))
+
+
+# ------------------------------------------------------------ kind 3: a resume is the same run
+
+
+def test_moved_and_renamed_images_are_the_same(folder, stopped, tmp_path, losses):
+    shutil.copytree(folder, tmp_path / "new name")
+    sacl.train(tiny(f"{tmp_path}/new name/", output_dir=stopped))
+    assert log_of(stopped) == losses
+
+
+def test_changed_images_are_told_and_both_ways_out_work(folder, stopped, tmp_path, losses):
+    root = Path(shutil.copytree(folder, tmp_path / "images"))
+    gone, added = root / "train/dark/3.png", root / "train/bright/new.png"
+    gone.rename(tmp_path / "3.png")
+    shutil.copy(root / "train/dark/4.png", added)
+    before, words = contents(stopped), flags(root, output_dir=stopped)
+    sentence = refused(*words)
+    for word in (
+        "on 48 images",
+        "1 added",
+        "new.png",
+        "1 gone",
+        "3.png",
+        "--changed-images accept",
+    ):
+        assert word in sentence
+    assert contents(stopped) == before
+    sacl.main([*words, "--changed-images", "accept", "--max-steps", "1"])
+    assert len(log_of(stopped)) == 3
+    added.unlink()
+    (tmp_path / "3.png").rename(gone)
+    shutil.rmtree(stopped)
+    for name, content in before.items():
+        (stopped / name).parent.mkdir(exist_ok=True)
+        (stopped / name).write_bytes(content)
+    sacl.main(words)
+    assert log_of(stopped) == losses
+
+
+def test_images_in_memory_are_known_by_a_checksum():
+    x, labels = torch.randint(256, (4, 3, 8, 8)).byte(), torch.zeros(4).long()
+    names = [sacl.in_memory(pixels, labels, ["a"]).names for pixels in (x, x.clone(), x.flip(0))]
+    assert names[0] == names[1] != names[2]
+
+
+def test_max_steps_given_twice_goes_on_twice(folder, tmp_path, capsys):
+    for _ in range(2):
+        sacl.main(flags(folder, output_dir=tmp_path, max_steps=2))
+        assert "the same command goes on" in capsys.readouterr().out
+    assert len(log_of(tmp_path)) == 4
+
+
+def test_max_hours_stops_and_saves(folder, stopped, losses):
+    model = sacl.train(tiny(folder, output_dir=stopped, max_hours=1e-9))
+    assert assert_of_one_step(stopped)["step"] == 3 and model.training
+    sacl.train(tiny(folder, output_dir=stopped))
+    assert log_of(stopped) == losses
+
+
+def test_any_seed_works_or_is_refused(folder, tmp_path):
+    """That of a clock too."""
+    sacl.train(tiny(folder, output_dir=tmp_path, max_steps=1, seed=2**31 - 1))
+    for seed in (2**31, int(1000 * time.time()), 2**64, -1):
+        assert "--seed" in refused(*flags(folder, output_dir=tmp_path, seed=seed))
+
+
+def test_the_advice_after_a_loss_that_is_not_finite_works(folder, tmp_path):
+    words = flags(folder, output_dir=tmp_path / "a")
+    sentence = refused(*words, "--lr", 1e30, "--amp", "bf16", code=1)
+    for word in ("lower --lr", "--warmup-epochs", "another --output-dir", "--amp off"):
+        assert word in sentence
+    saved = assert_of_one_step(tmp_path / "a")
+    assert all(x.isfinite().all() for x in saved["model"].values())
+    sacl.main(flags(folder, output_dir=tmp_path / "b", max_steps=1, warmup_epochs=1))
+    # "go on from there with --amp off": accepted in that folder, where the rate is still too high
+    assert "loss is nan" in refused(*words, "--lr", 1e30, "--amp", "off", code=1).lower()
+
+
+def test_a_run_goes_on_in_fp16(stopped, folder):
+    """What a disabled GradScaler saved is empty; where amp may change, it must not matter."""
+    cfg = tiny(folder, output_dir=stopped)
+    model, scaler = sacl.SACL(cfg), torch.amp.GradScaler("cpu")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, 0.1, 0.9)
+    names = sacl.load_data(cfg, "train").names
+    parts = dict(model=model, optimizer=optimizer, scaler=scaler)
+    assert sacl.resume(stopped, cfg, names, parts, {})["step"] == 2 and scaler.is_enabled()
+
+
+# ------------------------------------------------------------ kind 5: all images that were meant
+
+
+def test_the_first_lines_say_how_many_images_from_where(folder, tmp_path, capsys):
+    (folder / "train" / "note.xyz").write_text("")
+    try:
+        sacl.train(tiny(folder, output_dir=tmp_path, max_steps=1))
+    finally:
+        (folder / "train" / "note.xyz").unlink()
+    told = capsys.readouterr().out.splitlines()
+    assert told[0] == f"48 images, 2 classes, from {folder}/train" and "skipped 1 .xyz" in told[1]
+    assert f"24 test images, 2 classes, from {folder}/test" in told
+
+
+def test_without_labels_a_run_trains_and_says_that_there_is_no_monitor(folder, tmp_path, capsys):
+    """A labelled train beside an unlabelled test too; a probe says why it cannot be."""
+    shutil.copytree(folder / "train", tmp_path / "half" / "train")
+    (tmp_path / "half" / "test").mkdir()
+    for i, path in enumerate(sorted((folder / "train").rglob("*.png"))):
+        (tmp_path / "flat").mkdir(exist_ok=True)
+        shutil.copy(path, tmp_path / "flat" / f"{i}.png")
+        shutil.copy(path, tmp_path / "half" / "test" / f"{i}.png")
+    for name in ("flat", "half"):
+        out = tmp_path / f"{name}-run"
+        sacl.train(tiny(tmp_path / name, output_dir=out, epochs=1, knn_every=1))
+        assert "no kNN monitor: it needs labels" in capsys.readouterr().out
+        assert "labelled train and test images" in refused(out, program=eval_linear)
+
+
+def test_a_short_run_is_not_kept_waiting_by_the_monitor(folder, tmp_path):
+    """With the paper's network the untrained encoder's figure takes a CPU the better part of an
+    hour, and here nothing will be compared with it."""
+    sacl.train(tiny(folder, output_dir=tmp_path, max_steps=2, knn_every=1))
+    assert '"knn"' not in (tmp_path / "log.jsonl").read_text()
+
+
+# ------------------------------------------------------------ kind 6: blame where it belongs
+
+
+@pytest.fixture
+def cifar(tmp_path, monkeypatch):
+    """A CIFAR-10 of one file for each split, unpacked as on Kaggle, in a folder of any name."""
+    where, kind = tmp_path / "input/datasets/owner/some-upload", torchvision.datasets.CIFAR10
+    where.mkdir(parents=True)
+    for name, parts in (("data_batch_1", "train_list"), ("test_batch", "test_list")):
+        pixels = np.random.default_rng(0).integers(256, size=(20, 3072)).astype(np.uint8)
+        content = pickle.dumps({"data": pixels, "labels": [i % 10 for i in range(20)]})
+        (where / name).write_bytes(content)
+        monkeypatch.setattr(kind, parts, [[name, hashlib.md5(content).hexdigest()]])
+    monkeypatch.setattr(kind, "_load_meta", lambda self: setattr(self, "classes", [*"0123456789"]))
+    monkeypatch.setattr(kind, "download", lambda self: pytest.fail("nothing is to be downloaded"))
+    return where
+
+
+def test_archives_are_found_deep_in_folders_of_any_name(cifar, tmp_path):
+    (tmp_path / "data_batch_1").write_text("of another program")
+    data = sacl.load_data(Config(dataset="cifar10", data_dir=tmp_path), "train")
+    assert data.pixels.shape == (20, 3, 32, 32) and data.pixels.dtype == torch.uint8
+    assert data.labels.tolist() == [i % 10 for i in range(20)] and len(data.classes) == 10
+
+
+def test_an_archive_that_was_unpacked_in_part_is_told_as_that(cifar, tmp_path):
+    whole = cifar.rename(cifar.parent / "cifar-10-batches-py")
+    words = ["--dataset", "cifar10", "--data-dir", tmp_path, "--output-dir", tmp_path / "a"]
+    (whole / "data_batch_1").write_bytes(b"half")
+    assert f"{whole} is not a whole copy" in refused(*words)
+    (whole / "data_batch_1").unlink()
+    assert f"{whole} is not a whole copy" in refused(*words)
+
+
+def test_a_download_tries_the_mirror_then_the_original_and_says_what_failed(tmp_path, monkeypatch):
+    tried = []
+
+    def unreachable(self):
+        tried.append(self.url)
+        raise OSError("no network")
+
+    monkeypatch.setattr(torchvision.datasets.CIFAR100, "download", unreachable)
+    (tmp_path / "meta").write_text("of another program")
+    sentence = refused(*flags("cifar100", data_dir=tmp_path, output_dir=tmp_path / "a"))
+    assert "--data-dir" in sentence and "no network" in sentence and "meta" not in sentence
+    assert tried == sacl.ARCHIVES["cifar100"] and len(tried) == 2
+
+
+def test_a_folder_under_data_dir_goes_before_a_download(folder, tmp_path):
+    (tmp_path / "cifar100").symlink_to(folder)
+    data = sacl.load_data(Config(dataset="cifar100", data_dir=tmp_path), "train")
+    assert data.pixels.shape == (48, 3, 32, 32)
+
+
+def test_missing_empty_and_broken_images_are_refused_by_name(folder, tmp_path):
+    out = ["--output-dir", tmp_path / "a"]
+    sentence = refused("--dataset", "cifar1000", *out)
+    assert "no folder cifar1000" in sentence and "cifar100, stl10" in sentence
+    assert "imagenet100/train" in refused("--dataset", "imagenet100", "--data-dir", tmp_path, *out)
+    (tmp_path / "empty").mkdir()
+    assert "hold no images" in refused("--dataset", tmp_path / "empty", *out)
+    bad = Path(shutil.copytree(folder, tmp_path / "bad"))
+    (bad / "train" / "dark" / "5.png").write_bytes(b"\x89PNG")
+    assert "5.png" in refused("--dataset", bad, *out)
+    assert not (tmp_path / "a").exists()
+
+
+def no_memory():
+    """What torch raises where a CPU's memory is too little: a RuntimeError."""
+    try:
+        return torch.empty(2**60)
+    except RuntimeError as error:
+        return error
+
+
+def fault(name, where, error, told, *marks):
+    return pytest.param(where, error, told, id=f"{name}, {where}", marks=marks)
+
+
+MEMORY = "out of memory: choose a smaller --batch-size"
+NOT_YET = pytest.mark.xfail(strict=True, reason="told as a broken file, or as a traceback")
+
+
+@pytest.mark.parametrize("where, error, told", [
+    fault("drive", "load_data", OSError(5, "Input/output error", "1.png"), "1.png: Input/output"),
+    fault("drive", "load", OSError(5, "Input/output error"), "Input/output error"),
+    fault("files", "take", OSError(24, "Too many open files"), "Too many open files"),
+    fault("memory", "load_data", MemoryError(), MEMORY),
+    fault("memory", "load", MemoryError(), MEMORY, NOT_YET),
+    fault("memory", "load", no_memory(), MEMORY, NOT_YET),
+    fault("memory", "take", no_memory(), MEMORY, NOT_YET),
+    fault("GPU memory", "take", torch.OutOfMemoryError("CUDA out of memory"), MEMORY),
+])  # fmt: skip
+def test_a_passing_fault_is_told_as_that(where, error, told, stopped, folder, monkeypatch):
+    """Of the images, the checkpoint, a step; never with the advice to remove a good file."""
+
+    def fail(*_, **__):
+        raise error
+
+    before = (stopped / "checkpoint.pth").read_bytes()
+    monkeypatch.setattr(torch if where == "load" else sacl, where, fail)
+    sentence = refused(*flags(folder, output_dir=stopped))
+    assert told in sentence and "remove" not in sentence and "cannot be read" not in sentence
+    assert (stopped / "checkpoint.pth").read_bytes() == before
+
+
+def test_an_interrupt_says_that_the_same_command_goes_on(folder, tmp_path, losses, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    words = flags(folder, output_dir=tmp_path)
+    with monkeypatch.context() as key:
+        key.setattr(sacl, "take", interrupt)
+        assert "the same command goes on" in refused(*words, code=130)
+    sacl.main(words)
+    assert log_of(tmp_path) == losses
+
+
+def test_a_clusters_variables_do_not_hang_a_plain_start(folder, tmp_path, monkeypatch):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "SLURM_PROCID", "MASTER_PORT"):
+        monkeypatch.setenv(name, "2")
+    sacl.train(tiny(folder, output_dir=tmp_path, max_steps=1))
+    assert len(log_of(tmp_path)) == 1
+
+
+def test_a_batch_that_cannot_be_filled_is_refused(folder, tmp_path, monkeypatch):
+    assert "at most all 48 images" in refused(*flags(folder, output_dir=tmp_path, batch_size=49))
+    data = sacl.load_data(tiny(folder), "train")
+    monkeypatch.setattr(sacl, "world_size", lambda: 3)
+    with pytest.raises(UsageError, match="--batch-size 16: must be a multiple of 3 processes"):
+        sacl.steps_in_epoch(tiny(), data)
+
+
+def test_an_encoder_that_is_not_finite_is_told_as_that(run):
+    weights = torch.load(run / "backbone.pth", weights_only=True)
+    torch.save(weights | {"conv1.weight": weights["conv1.weight"] * math.nan}, run / "backbone.pth")
+    assert "diverged" in refused(run, program=eval_linear)
+
+
+@pytest.mark.parametrize("kind", [*FOREIGN, "of another network"])
+def test_weights_of_another_network_are_told_as_that(kind, run):
+    content = FOREIGN.get(kind, SEResNet("resnet18", width=16).state_dict())
+    content = (run / "backbone.pth").read_bytes()[:1000] if content is None else content
+    if isinstance(content, bytes):
+        (run / "backbone.pth").write_bytes(content)
+    else:
+        torch.save(content, run / "backbone.pth")
+    assert "backbone.pth" in refused(run, program=eval_linear)
+
+
+@pytest.mark.parametrize("content", [
+    "", "[]", "3", "null", '{"model_type": "vit"}', '{"arch": 50}', '{"dataset": null}', "{half",
+    "\xff", '{"arch": "resnet18", "width": 8, "image_size": "large"}',
+])  # fmt: skip
+def test_another_programs_config_is_told_as_that(content, run):
+    (run / "config.json").write_bytes(content.encode("latin-1"))
+    assert "config.json" in refused(run, program=eval_linear)
+
+
+def test_a_folder_that_is_no_run_is_told_as_that(tmp_path):
+    for path in (tmp_path, tmp_path / "none", __file__):
+        assert "is not a run's folder" in refused(path, program=eval_linear)
+
+
+# ------------------------------------------------------------ kind 7: any way in, the same rules
+
+
+BAD = {
+    "width": [0, 2.5, "64", True, None, np.float32(8), np.ones(1), torch.tensor(8)],
+    "lr": [0.0, -1.0, math.nan, math.inf, "0.1", np.float64("nan"), True],
+    "se": ["late", None, 3, "Standard"],
+    "dataset": [3, None, ["a"], b"shapes"],
+    "output_dir": [3, None],
+    "grid": [3, 17, -2],
+    "combine": [5, 0],
+    "tau": [0.0, math.nan],
+    "m": [1.5, -0.1],
+    "image_size": [0, 4],
+    "epochs": [0],
+    "batch_size": [1, -3],
+    "warmup_epochs": [99, -1],
+    "sgd_momentum": [1.0, -1.0],
+    "weight_decay": [-1.0],
+    "crop_min": [0.0, 1.5],
+    "max_hours": [math.nan, -1.0],
+    "texture": ["sometimes"],
+    "tua": [0.2],
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_settings_from_python_are_checked(name):
+    for value in BAD[name]:
+        with pytest.raises(UsageError, match=f"--{name.replace('_', '-')}\\b"):
+            tiny(**{name: value})
+
+
+@pytest.mark.xfail(strict=True, reason="lists C(256, 128) combinations")
+def test_more_combinations_than_can_be_listed_are_refused():
+    with pytest.raises(UsageError, match="--combine"):
+        tiny(grid=16, combine=128)
+
+
+def test_paths_and_numpys_numbers_are_taken(tmp_path):
+    given = dict(epochs=np.int64(2), tau=np.float32(0.5), lr=1, m=np.float64(0.9))
+    cfg = tiny(tmp_path, output_dir=tmp_path, **given)
+    assert (cfg.dataset, cfg.epochs, cfg.tau, cfg.lr) == (str(tmp_path), 2, 0.5, 1.0)
+    assert json.dumps(dataclasses.asdict(cfg)) and type(cfg.m) is float and type(cfg.epochs) is int
+    assert ProbeConfig(run=tmp_path, seed=np.int64(3)).run == str(tmp_path)
+
+
+@pytest.mark.parametrize("given", [
+    dict(probe="svm"), dict(lr=math.nan), dict(lr="1"), dict(epochs=-1), dict(batch_size=0),
+    dict(encoder=None), dict(seed=2**40), dict(crop_min=0.0), dict(lr_sweep=1),
+])  # fmt: skip
+def test_settings_of_a_probe_are_checked(given):
+    with pytest.raises(UsageError, match="--" + next(iter(given)).replace("_", "-")):
+        ProbeConfig(run="a", **given)
+
+
+@pytest.mark.parametrize("program, kind", [(sacl, Config), (eval_linear, ProbeConfig)])
+def test_each_flag_refuses_nonsense_in_a_sentence(program, kind, tmp_path, monkeypatch):
+    """Exit code 2, no traceback, and nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(inspect, "getsource", lambda kind: "")  # --help's text takes its time
+    first = ["run"] * (kind is ProbeConfig)
+    for field in dataclasses.fields(kind):
+        flag = "--" + field.name.replace("_", "-")
+        if field.type in (int, float):
+            for value in ("x", "-7e99", "-7", "nan", ""):
+                if (value, flag) != ("-7", "--texture-alpha"):
+                    assert flag in refused(*first, flag, value, program=program)
+        elif field.type not in (str, bool):
+            assert flag in refused(*first, flag, "nonsense", program=program)
+    for words in (["--tua", "0.2"], ["--tau"], ["surplus", "words"], ["--ta", "1"]):
+        refused(*first, *words, program=program)
+    if program is sacl and not torch.cuda.is_available():
+        assert "--amp fp16" in refused("--amp", "fp16", "--max-steps", 1, "--texture", "none")
+    assert not [p for p in tmp_path.rglob("*") if p.is_file() and p.name != "lock"]
+
+
+def test_the_same_words_mean_the_same_in_python_and_on_the_command_line():
+    """The demo's settings belong to its dataset; what is given always wins."""
+    assert sacl.parse(Config, []) == {} and Config() == Config(dataset="shapes")
+    assert (Config().arch, Config().epochs) == ("resnet18", 6)
+    given = sacl.parse(Config, "--dataset imagenet100 --epochs 200 --texture-seeds 2".split())
+    assert given == dict(dataset="imagenet100", epochs=200, texture_seeds=2)
+    assert Config(**given).epochs == 200 and Config(dataset="imagenet100").epochs == 100
+
+
+def test_help_names_every_flag(capsys):
+    for kind in (Config, ProbeConfig):
+        with pytest.raises(SystemExit) as stop:
+            sacl.parse(kind, ["--help"])
+        text = capsys.readouterr().out
+        assert stop.value.code == 0
+        for field in dataclasses.fields(kind):
+            assert field.name in text.replace("-", "_")
+
+
+def test_a_console_of_another_encoding_and_a_folder_named_in_chinese(folder, tmp_path, monkeypatch):
+    """Windows writes output that is sent to a file in cp1252."""
+    images, console = tmp_path / "图片 é '\"", io.TextIOWrapper(io.BytesIO(), "cp1252")
+    shutil.copytree(folder, images)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", console)
+        sacl.main(flags(images, output_dir=tmp_path / "运行", max_steps=1))
+    console.flush()
+    assert b"\\u56fe\\u7247 \xe9" in console.buffer.getvalue()
+    assert len(log_of(tmp_path / "运行")) == 1
+
+
+def test_a_pasted_cell_trains_on_cifar_alone_and_names_what_else_it_needs(cifar, monkeypatch):
+    home, cell = Path(sacl.__file__).parent, {"__name__": "__main__"}
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if Path(p or ".").resolve() != home])
+    monkeypatch.chdir(cifar)
+    for name in ("images", "texture", "shapes"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    exec(compile((home / "sacl.py").read_text(), "<cell>", "exec"), cell)
+    given = SMALL | dict(data_dir=cifar.parent, max_steps=1)
+    cell["train"](cell["Config"](dataset="cifar10", **given))
+    for dataset, role, told in (
+        ("shapes", "none", "shapes.py"),
+        (str(cifar), "none", "images.py"),
+        ("cifar10", "negative", "texture.py.*--texture none"),
+    ):
+        with pytest.raises(cell["UsageError"], match=told):
+            given |= dict(dataset=dataset, texture=role, output_dir="other")
+            cell["train"](cell["Config"](**given))
+
+
+# ------------------------------------------------------------ kind 8: names do not collide
+# Evaluations and runs of one name: above, kinds 1 and 2; textures of equal stems: test_texture.py.
