@@ -32,11 +32,13 @@ import copy
 import dataclasses
 import datetime
 import errno
+import functools
 import importlib
 import inspect
 import io
 import itertools
 import json
+import logging
 import math
 import os
 import platform
@@ -642,7 +644,9 @@ def load_data(cfg: Config, split: str) -> Images | None:
             return None
         for line in found.told:
             say(line)
-        pixels = images.decode(found, stored_side(cfg.image_size), Path(cfg.decoded_dir), claim)
+        pixels = images.decode(
+            found, stored_side(cfg.image_size), Path(cfg.decoded_dir), claim=claim
+        )
     except ValueError as error:
         raise UsageError(f"--dataset {cfg.dataset}: {error}") from None
     return Images(pixels, found.labels, found.classes, found.names)
@@ -689,7 +693,7 @@ def read_archive(cfg: Config, split: str) -> Images:
 def download(kind: type, urls: list[str], root: Path, part: dict):
     """A torchvision dataset from the first host that has it; torchvision checks the md5."""
     for url in urls:
-        say(f"downloading {url} to {root}")
+        say(f"downloading {kind.__name__.lower()} from {url} to {root}")
         try:
             with contextlib.redirect_stderr(io.StringIO()):  # a bar of carriage returns fills logs
                 return type(kind.__name__, (kind,), dict(url=url))(str(root), download=True, **part)
@@ -706,13 +710,14 @@ def find_archive(data_dir: Path, kind: type) -> Path | None:
 
     Kaggle's copies lie in folders of any name.
     """
-    files = {name for name, _ in [*kind.train_list, *kind.test_list]}
-    for depth in range(6):
-        for path in data_dir.glob("*/" * depth + min(files)):
-            if path.parent.name == kind.base_folder or all(
-                (path.parent / f).exists() for f in files
-            ):
-                return path.parent.resolve()
+    files = sorted(name for name, _ in [*kind.train_list, *kind.test_list])
+    for above in ("*/" * depth for depth in range(6)):
+        for folder in data_dir.glob(above + kind.base_folder):
+            if folder.is_dir():
+                return folder.resolve()
+        for file in data_dir.glob(above + files[0]):
+            if all((file.parent / name).exists() for name in files):
+                return file.parent.resolve()
     return None
 
 
@@ -750,7 +755,9 @@ def make_textures(data: Images, cfg: Config, epoch: int) -> Tensor | np.ndarray 
     cuda, side = torch.cuda.is_available(), data.pixels.shape[-1]
     try:
         if cfg.texture_bank:
+            names = zlib.crc32("\n".join(data.names).encode())
             options |= dict(seed=cfg.seed, device="cuda" if cuda else "cpu", log=say)
+            options["images_id"] = f"{names:08x}"
             with claim(Path(f"{cfg.texture_bank}.lock"), wait=True):
                 return texture.bank(data.pixels, cfg.texture_bank, **options)
         if isinstance(data.pixels, np.ndarray) or side > (96 if cuda else 64):
@@ -893,6 +900,7 @@ def run_epochs(cfg: Config, build, train_set, test_set, bank, device) -> nn.Modu
         encoders["knn_target"] = raw.target_encoder
 
     saved = resume(out, cfg, train_set.names, parts, encoders)
+    save_now = functools.partial(save_run, out, cfg, train_set.names, parts, encoders)
     start = step = saved.get("step", 0)
     earlier, epoch_loss = saved.get("seconds", 0.0), saved.get("epoch_loss", 0.0)
     last = min(total, step + cfg.max_steps) if cfg.max_steps else total
@@ -902,7 +910,7 @@ def run_epochs(cfg: Config, build, train_set, test_set, bank, device) -> nn.Modu
         if saved:
             save_backbones(out, encoders)  # a kill may have come between them and the checkpoint
         else:  # a full disk shows before anything is trained
-            save_run(out, cfg, train_set.names, 0, 0.0, 0.0, parts, encoders)
+            save_now(step=0, seconds=0.0, epoch_loss=0.0)
         machine = describe_machine(device, dtype)
         start_log(out, cfg, step, dict(machine=machine, images=len(images), steps_per_epoch=steps))
         if monitor and step == 0 and last >= steps * min(cfg.knn_every, cfg.epochs):
@@ -913,7 +921,7 @@ def run_epochs(cfg: Config, build, train_set, test_set, bank, device) -> nn.Modu
             )
     model = compiled(raw, cfg, dtype, last - step)
     if world > 1:
-        model = nn.parallel.DistributedDataParallel(raw, broadcast_buffers=False)
+        model = nn.parallel.DistributedDataParallel(raw)
 
     order = epoch_order(len(images), cfg, step // steps)[:, rank() :: world]
     loss_sum, counted = torch.zeros((), device=device), 0  # since the last log line
@@ -973,18 +981,42 @@ def run_epochs(cfg: Config, build, train_set, test_set, bank, device) -> nn.Modu
             left = datetime.timedelta(seconds=round((total - step) * step_seconds))
             write_log(out, line, f"left {left}")
             if stop or time.perf_counter() - last_save > SAVE_SECONDS:
-                save_run(
-                    out, cfg, train_set.names, step, line["seconds"], epoch_loss, parts, encoders
-                )
+                save_now(step=step, seconds=line["seconds"], epoch_loss=epoch_loss)
                 last_save = time.perf_counter()
         if stop:
             break
         loss_sum, counted, last_log = torch.zeros_like(loss_sum), 0, time.perf_counter()
-    end = f"finished: step {step} of {total}" if step == total else (
-        f"stopped at step {step} of {total}; the same command goes on"
-    )  # fmt: skip
-    say(f"{end}, {out}/")
+    if step < total:
+        say(f"stopped at step {step} of {total}, {out}/; the same command goes on")
+    else:
+        say(f"finished: step {step} of {total}, {out}/")
+        if cfg.dataset == "shapes" and rank() == 0:
+            explain_demo(out, device)
     return raw
+
+
+def explain_demo(out: Path, device: torch.device) -> None:
+    """What the demo has shown, and what to do next, in five lines."""
+    figures = [line for line in read_log(out / "log.jsonl") if "knn" in line]
+    first, last = (figures[0], figures[-1]) if figures else ({}, {})
+    pixels, before, after = first.get("pixels"), first.get("knn"), last.get("knn")
+    paper, n = Config(dataset="cifar100"), 128 if device.type == "cuda" else 8
+    model, dtype = SACL(paper).to(device), precision(paper, device)
+    x = torch.randint(256, (n, 3, 32, 32), device=device).byte()
+    for _ in range(2):  # the first one warms up
+        began = time.perf_counter()
+        views = model.views(x, x, torch.arange(n, device=device))
+        with autocast(device, dtype):
+            loss = model(*views)
+        loss.backward()
+        loss.item()
+        hours = (time.perf_counter() - began) / n * 50_000 * paper.epochs / 3600
+    say(f"learned: {after} % of test images find their class by nearest neighbours; before "
+        f"training {before} %, by raw pixels {pixels} %")  # fmt: skip
+    say(f"the encoder: {out}/backbone.pth")
+    say(f"linear evaluation: python eval_linear.py {out} --probe lbfgs")
+    say("your own images: python sacl.py --dataset FOLDER --image-size 64 --arch resnet18")
+    say(f"the paper's run, --dataset cifar100: about {hours:,.0f} hours on this {device.type}")
 
 
 def cosine(step: int, total: int, warmup: int = 0) -> float:
@@ -1017,6 +1049,7 @@ def compiled(model: nn.Module, cfg: Config, dtype: torch.dtype, steps: int) -> n
     if cfg.compile == "on" or (cfg.compile == "auto" and pays):
         say("compiling at the first step; where the compiler fails, the run goes on without it")
         torch._dynamo.config.suppress_errors = True
+        torch._logging.set_logs(dynamo=logging.ERROR)  # else its warnings are 90 lines
         model.compile(dynamic=False)
     return model
 
@@ -1160,10 +1193,11 @@ def resume(out: Path, cfg: Config, names: list[str], parts: dict, encoders: dict
             ) from None
     for name, encoder in encoders.items() if saved and rank() == 0 else ():
         path, count = out / BACKBONES[name], "bn1.num_batches_tracked"
-        if path.exists() and read_weights(path)[count] > encoder.state_dict()[count]:
+        kept = read_weights(path) if path.exists() else {count: 0}
+        if not isinstance(kept, dict) or kept.get(count, math.inf) > encoder.state_dict()[count]:
             raise UsageError(
-                f"{path} is further trained than checkpoint.pth, and would be replaced: move it "
-                "away to go on from the checkpoint, or choose another --output-dir"
+                f"{path} is further trained than checkpoint.pth, or another's, and would be "
+                "replaced: move it away, or choose another --output-dir"
             )
     return saved
 
@@ -1209,10 +1243,9 @@ def read_checkpoint(out: Path, cfg: Config, names: list[str]) -> dict:
     return saved
 
 
-def save_run(out, cfg, names, step, seconds, epoch_loss, parts, encoders) -> None:
+def save_run(out: Path, cfg: Config, names, parts: dict, encoders: dict, **progress) -> None:
     """The checkpoint, then the backbones of the same step; of tensors and plain types only."""
-    facts = dict(settings=asdict(cfg), images=names, processes=world_size())
-    facts |= dict(step=step, seconds=seconds, epoch_loss=epoch_loss)
+    facts = dict(settings=asdict(cfg), images=names, processes=world_size()) | progress
     save(out / "checkpoint.pth", facts | {name: x.state_dict() for name, x in parts.items()})
     save_backbones(out, encoders)
 
@@ -1311,7 +1344,11 @@ def parse(kind: type, argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(
         Path(inspect.getsourcefile(kind)).name,
         usage="%(prog)s [--name value ...]",
-        description=inspect.getsource(kind),
+        description=re.sub(
+            r"(?m)^    (\w+)(?=: .* = )",
+            lambda found: "    --" + found[1].replace("_", "-"),
+            inspect.getsource(kind),
+        ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,

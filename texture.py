@@ -464,9 +464,9 @@ def write_at(path: Path, place: int, data) -> None:
 
 # ------------------------------------------------------------ 5. Command line
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Grow a texture from each picture.")
+    parser = argparse.ArgumentParser(description="A texture of each IMAGE: NAME-texture.png.")
     parser.add_argument("pictures", nargs="+", type=Path, metavar="IMAGE")
-    parser.add_argument("--out", type=Path, default=Path(), help="folder for NAME-texture.png")
+    parser.add_argument("--out", type=Path, default=Path(), help="folder; no file is replaced")
     parser.add_argument("--size", type=int, default=128, help="side of a texture, in pixels")
     parser.add_argument("--sample", type=int, default=64, help="side IMAGE is reduced to")
     parser.add_argument("--window", type=int, default=5, help="side of the neighbourhood, odd")
@@ -479,7 +479,8 @@ def main(argv: list[str] | None = None) -> None:
         from images import square
 
         sys.stdout.reconfigure(errors="backslashreplace")  # names the console cannot show
-        require(args.sample >= args.window, f"--sample {args.sample} must be at least --window")
+        fits = args.window <= args.sample < 4096
+        require(fits, f"--sample {args.sample} must be from --window to 4095 pixels")
         args.out.mkdir(parents=True, exist_ok=True)
         samples = [square(path, args.sample) for path in args.pictures]  # all, before any work
         for path, sample in zip(args.pictures, samples, strict=True):
