@@ -1,19 +1,18 @@
-"""Time of a training step: ours, options that sacl.py does not have, a plain one, and the peers'.
+"""Time of a training step: ours, with options that sacl.py does not have, a plain one, lightly's.
 
     python bench/step.py --job demo                                       as `python sacl.py`
-    python bench/step.py --job moco3 --batch-size 16 --json out.json      what peers train
+    python bench/step.py --job moco3 --batch-size 16 --json out.json      what lightly trains
     python bench/step.py --rows ours+bf16+compile,ours+bf16+compile+fused --whole
 
-Settings of sacl.py may follow. A row is an implementation and options, ours+bf16:
+Any settings of sacl.py may follow. A row is an implementation and its options:
 
 ours     as in sacl.train; +compile, +graphs (CUDA graphs), +fused (`fused_standard` below)
 bare     the same step as one would first write it: slices, lists and loops
-lightly  its loss and EMA, in the order of its BYOL example; +nhwc, else NCHW, as there
-solo     solo-learn 1.0.2's BYOL, its hooks called in Lightning's order, without logging; +nhwc
-all      channels_last, or +nchw; float32, or +bf16, +fp16. Peers, if installed, take part in moco3
+lightly  its loss and EMA in the order of its BYOL example; NCHW, as there; only for moco3
+options  memory +nhwc (channels_last, the default) or +nchw; +bf16 or +fp16, else float32
 
 All rows have one encoder and its heads with the same weights, the same views and the same SGD. A
-row's first loss must be bare's in float32 (or BYOL's with bare's embeddings), to 1e-5, and in
+row's first loss must be bare's in float32 (or BYOL's with bare's embeddings) to 1e-5, and in
 float32 its second, which depends on gradients, SGD and EMA, to 1e-3; in 16 bits the first to 1e-2.
 A row that fails this, or cannot run, is a line, not a time.
 
@@ -23,16 +22,14 @@ time in that round. On a busy CPU trust that of the process's own time (CPU x).
 """
 
 import argparse
-import contextlib
 import itertools
 import json
-import math
 import statistics
 import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from types import MethodType, SimpleNamespace
+from types import MethodType
 
 import torch
 import torch.nn.functional as F
@@ -47,9 +44,9 @@ JOBS = {
     "moco3": dict(dataset="cifar100", grid=1, combine=1, texture="none", se="none"),
 }
 ROWS = {
-    "cpu": "ours,ours+nchw,ours+bf16,bare,lightly,lightly+nhwc,solo,solo+nhwc",
+    "cpu": "ours,ours+nchw,ours+bf16,bare,lightly,lightly+nhwc",
     "cuda": "ours+bf16,ours+bf16+compile,ours+bf16+compile+fused,ours+bf16+graphs,bare+bf16,"
-    "ours+nchw+bf16,ours+fp16,ours,lightly+bf16,lightly+nhwc+bf16,solo+bf16,solo+nhwc+bf16",
+    "ours+nchw+bf16,ours+fp16,ours,lightly+bf16,lightly+nhwc+bf16",
 }
 
 
@@ -227,53 +224,7 @@ class Lightly(Step):
         return -positive
 
 
-class Solo(Step):
-    """solo-learn's BYOL module with our encoder and heads; `step` stands for Lightning's loop."""
-
-    layout = "nchw"
-
-    def build(self) -> torch.optim.Optimizer:
-        with contextlib.suppress(ImportError):
-            import setuptools  # noqa: F401  brings distutils, which solo-learn 1.0.2 imports
-        from solo.methods.byol import BYOL
-
-        c, m = self.cfg, self.model
-        self.byol = byol = BYOL(
-            proj_output_dim=c.dim, proj_hidden_dim=c.dim, pred_hidden_dim=c.dim // 4,
-            base_tau_momentum=c.m, final_tau_momentum=1.0, momentum_classifier=False,
-            encoder=c.arch, num_classes=100, backbone_args=dict(cifar=True), max_epochs=200,
-            batch_size=c.batch_size, optimizer="sgd", lars=False, lr=c.lr * c.batch_size / 128,
-            weight_decay=c.weight_decay, classifier_lr=0.1, exclude_bias_n_norm=False,
-            accumulate_grad_batches=1, extra_optimizer_args=dict(momentum=c.sgd_momentum),
-            scheduler="none", min_lr=0.0, warmup_start_lr=0.0, warmup_epochs=0,
-            num_large_crops=2, num_small_crops=0,
-        )  # fmt: skip
-        byol.encoder, byol.projector, byol.predictor = m.encoder, m.projector, m.predictor
-        byol.momentum_encoder, byol.momentum_projector = m.target_encoder, m.target_projector
-        byol.classifier = nn.Linear(m.encoder.dim, 100)  # its online probe
-        nn.init.zeros_(byol.classifier.weight), nn.init.zeros_(byol.classifier.bias)
-        byol.to(self.device, memory_format=self.format)
-        byol.log = byol.log_dict = lambda *args, **kwargs: None
-        byol.trainer = SimpleNamespace(  # what the hooks ask of it
-            global_step=0, accumulate_grad_batches=1, train_dataloader=range(390), max_epochs=200
-        )
-        byol.on_train_start()
-        self.labels = torch.randint(100, (c.batch_size,), device=self.device)
-        return byol.configure_optimizers()
-
-    def loss(self, x0: Tensor, x1: Tensor) -> Tensor:
-        self.batch = [None, [x0, x1], self.labels]
-        return self.byol.training_step(self.batch, 0)
-
-    def update_target(self) -> None:
-        self.byol.trainer.global_step += 1
-        self.byol.on_train_batch_end({}, self.batch, 0, 0)
-
-    def expected(self, positive: float) -> float:
-        return 4 - 4 * positive + math.log(100)  # the latter is the untrained probe's
-
-
-IMPLEMENTATIONS = dict(ours=Ours, bare=Bare, lightly=Lightly, solo=Solo)
+IMPLEMENTATIONS = dict(ours=Ours, bare=Bare, lightly=Lightly)
 
 
 # ------------------------------------------------------------ checking and timing
@@ -308,13 +259,15 @@ def build(name: str, cfg: sacl.Config, device: torch.device) -> tuple[Step | Non
     implementation, *options = name.split("+")
     cuda = device.type == "cuda"
     try:
+        before = torch.cuda.memory_allocated() if cuda else 0
         row = IMPLEMENTATIONS[implementation](cfg, device, set(options))
         facts = {"loss off by": check(row)}
         torch.cuda.reset_peak_memory_stats() if cuda else None
         for _ in range(3 if cuda else 1):  # CUDA graphs are recorded in the second and third
             row.step()
-        # with the rows built before, which stay: the difference to the row above is its own
-        return row, facts | ({"peak GB": torch.cuda.max_memory_allocated() / 1e9} if cuda else {})
+        if cuda:
+            facts["peak GB"] = (torch.cuda.max_memory_allocated() - before) / 1e9
+        return row, facts
     except Exception as error:  # compilers, peers and memory each fail in their own ways
         text = str(error).strip().splitlines() or [""]
         return None, {"loss off by": f"not run: {type(error).__name__}: {text[0][:150]}"}
