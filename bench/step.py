@@ -37,6 +37,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import sacl
+from bench.plot import rows_of
 
 JOBS = {
     "sacl": dict(dataset="cifar100"),
@@ -331,12 +332,11 @@ def run(args: argparse.Namespace, settings: dict) -> None:
 
 def table(rows: list[dict]) -> str:
     """Markdown with a column for every key of the longest row."""
-    columns = list(max(rows, key=len))
-    lines = [columns, ["---"] * len(columns)]
+    cells = [list(max(rows, key=len))]
     for row in rows:
-        cells = [row.get(column, "") for column in columns]
-        lines.append([f"{x:.4g}" if isinstance(x, float) else x for x in cells])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        values = (row.get(column, "") for column in cells[0])
+        cells.append([f"{x:.4g}" if isinstance(x, float) else str(x) for x in values])
+    return rows_of(cells)
 
 
 def main(argv: list[str] | None = None) -> None:
