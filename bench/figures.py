@@ -1,15 +1,16 @@
-"""Pictures of the method and of runs, PNG, drawn with torchvision and Pillow alone.
+"""Pictures of the method and charts of runs, PNG, by matplotlib (bench/requirements.txt).
 
-    python bench/figures.py views --dataset cifar100 --data-dir data    views, textures (Fig. 1)
-    python bench/figures.py cells --dataset cifar100 --data-dir data    combinations (Eq. 2)
-    python bench/figures.py neighbours RUN_DIR                          what lies near test images
-    python bench/figures.py curves RUN_DIR...                           loss and kNN of runs
-    python bench/figures.py fig7                                        by temperature (Fig. 7)
-    python bench/figures.py grid                                        with the grid and without
-    python bench/figures.py compare --dataset cifar100                  SACL among other systems
+    python bench/figures.py views --dataset cifar100         views, textures (Fig. 1)
+    python bench/figures.py cells --dataset cifar100         cells and combinations (Eq. 2)
+    python bench/figures.py textures --dataset cifar100      what textures are grown from
+    python bench/figures.py masks --dataset cifar100         HARL's foregrounds
+    python bench/figures.py jigsaw --dataset cifar100        PIRL's jigsaw
+    python bench/figures.py neighbours RUN                   what lies near test images
+    python bench/figures.py curves RUN...                    loss and kNN, by epochs and minutes
+    python bench/figures.py compare --dataset cifar100       SACL among other systems
 
-The last three are drawn from what bench/ablations.py and related/compare.py left in --file. Each
-writes results/figure-<name>.png, or --out.
+A RUN is a run's folder; for curves also a log. `compare` is drawn from what bench/compare.py left
+in results/compare.jsonl. Each writes results/figure-<name>.png, or --out.
 """
 
 import argparse
@@ -19,311 +20,272 @@ import sys
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw
+import torch.nn.functional as F
+from matplotlib import colormaps
+from matplotlib.figure import Figure
 from torch import Tensor
-from torchvision.transforms.functional import to_pil_image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import eval_linear
 import sacl
-from bench import plot
-from bench.plot import INK
-from related.compare import CompareConfig, ended_runs, known_costs
+import texture
+from related import baselines, harl
 from sacl import UsageError
 
 RIGHT, WRONG = "#009e73", "#d55e00"  # frames of neighbours
-GAP, LABEL, CAPTION = 10, 118, 18  # pixels: between pictures, of a row's label, below a picture
-
-# ------------------------------------------------------------ pictures
+Row = list[tuple[Tensor, str, str]]  # pictures (3, H, W), their captions, colours of their frames
 
 
-def views(args: argparse.Namespace) -> Image.Image:
+# ------------------------------------------------------------ pictures: rows by their labels
+
+
+def views(args: argparse.Namespace) -> dict[str, Row]:
     """The paper's Fig. 1: images, two weak views of each, its texture and the texture's view."""
-    cfg = settings(args)
-    torch.manual_seed(args.seed)
-    x = pick(sacl.load_data(cfg, "train"), args)
-    texture_of = sacl.Textures(cfg, sacl.Images(x, torch.zeros(len(x)), []))
-    texture_of.renew(args.seed)
-    textures = texture_of(torch.arange(len(x)))
-    draw1, draw2 = (sacl.draw_view(len(x), cfg, x.device) for _ in range(2))
-    weak1, weak2, strong = (
-        sacl.augment(images, draw, cfg.image_size)
-        for images, draw in ((x, draw1), (x, draw2), (textures, draw1))
-    )
-    rows = {"image x": x, "weak view x1": shown(weak1), "weak view x2": shown(weak2)}
-    rows |= {"texture of x": textures, "texture view xt": shown(strong)}
-    return sheet([(label, [(zoomed(i), "", "") for i in row]) for label, row in rows.items()])
+    cfg, x = pick(args)
+    textures = texture.texture_views(x, generator=seeded(args))
+    draw1, draw2 = (sacl.sample_view(len(x), cfg, x.device) for _ in range(2))
+    pairs = {"weak view x1": (x, draw1), "weak view x2": (x, draw2)}
+    pairs["texture view xt"] = textures, draw1
+    shown = {k: denormalize(sacl.augment(*v, cfg.image_size)) for k, v in pairs.items()}
+    strong = shown.pop("texture view xt")
+    return captionless({"image x": x, **shown, "texture of x": textures, "texture view xt": strong})
 
 
-def cells(args: argparse.Namespace) -> Image.Image:
+def cells(args: argparse.Namespace) -> dict[str, Row]:
     """Section 2.2: a view, its cells, and which of them each combination averages."""
-    cfg = settings(args)
-    torch.manual_seed(args.seed)
-    x = pick(sacl.load_data(cfg, "train"), args)[:1]
-    view = shown(sacl.augment(x, sacl.draw_view(1, cfg, x.device), cfg.image_size))
-    parts = [zoomed(cell[0]) for cell in sacl.split(view, cfg.grid)]
-    numbers = range(1, len(parts) + 1)
-    first = [(zoomed(x[0]), "x", ""), (zoomed(view[0]), "view", "")]
-    first += [(part, f"cell {n}: h{n}", "") for n, part in zip(numbers, parts, strict=True)]
-    rows = [("split", first)]
-    combinations = []
-    for chosen in itertools.combinations(numbers, cfg.combine):
-        picture = Image.new("RGB", zoomed(view[0]).size, "white")
-        for n, part in zip(numbers, parts, strict=True):
-            pale = Image.blend(part, Image.new("RGB", part.size, "white"), 0.85)
-            row, column = divmod(n - 1, cfg.grid)
-            place = column * part.width, row * part.height
-            picture.paste(part if n in chosen else pale, place)
-        mean = " + ".join(f"h{n}" for n in chosen)
-        combinations.append((picture, f"({mean}) / {cfg.combine}", ""))
-    return sheet([*rows, ("combine", combinations)])
+    cfg, x = pick(args)
+    view = denormalize(sacl.augment(x, sacl.sample_view(len(x), cfg, x.device), cfg.image_size))
+    parts = sacl.split(view, cfg.grid)[:, 0]  # (G, 3, h, w) of the first view
+    first = [(x[0], "x", ""), (view[0], "view", "")]
+    first += [(part, f"cell {i}: h{i}", "") for i, part in enumerate(parts, 1)]
+    means = []
+    for chosen in itertools.combinations(range(len(parts)), cfg.combine):
+        pale = 0.15 * parts + 0.85
+        pale[list(chosen)] = parts[list(chosen)]
+        mean = " + ".join(f"h{i + 1}" for i in chosen)
+        means.append((together(pale, cfg.grid), f"({mean}) / {cfg.combine}", ""))
+    return {"split": first, "combine": means}
 
 
-def neighbours(args: argparse.Namespace) -> Image.Image:
+def textures(args: argparse.Namespace) -> dict[str, Row]:
+    """Section 2.1: the two patches of each image, and the textures grown from them."""
+    _, x = pick(args)
+    patches = texture.two_patches(x, None, seeded(args))  # the draws that texture_views begins with
+    rows = {"image": x, "its centre": patches[:, 0], "a random patch": patches[:, 1]}
+    rows["one seed"] = texture.texture_views(x, seeds=1, generator=seeded(args))
+    rows["a lattice of seeds"] = texture.texture_views(x, generator=seeded(args))
+    return captionless(rows)
+
+
+def masks(args: argparse.Namespace) -> dict[str, Row]:
+    """HARL: what stands out in images, the masks, and what they leave."""
+    _, x = pick(args)
+    mask, image = harl.heuristic_masks(x)[:, None].float(), x / 255
+    whole = F.interpolate(mask, size=x.shape[-2:])
+    rows = {"image": image, "saliency": harl.saliency(x)[:, None], "mask": mask}
+    return captionless(rows | {"foreground": image * whole + (1 - whole)})
+
+
+def jigsaw(args: argparse.Namespace) -> dict[str, Row]:
+    """PIRL: the view that is cut, its cells, and the cells in the order that PIRL sees."""
+    cfg, x = pick(args)
+    view = denormalize(sacl.augment(x, sacl.sample_view(len(x), cfg, x.device), cfg.image_size))
+    parts = sacl.split(view, cfg.grid)  # (G, N, 3, h, w)
+    rows = {"image": x, "view": view}
+    for name, some in {"cells": parts, "shuffled": baselines.shuffle(parts)}.items():
+        rows[name] = torch.stack([together(c, cfg.grid) for c in some.unbind(1)])
+    return captionless(rows)
+
+
+def neighbours(args: argparse.Namespace) -> dict[str, Row]:
     """Test images of different classes, and the training images whose features are nearest.
 
     Framed green where the class is the query's; below, the cosine.
     """
     if len(args.runs) != 1:
-        raise UsageError("neighbours needs one RUN_DIR")
-    probe = eval_linear.ProbeConfig(source=args.runs[0], encoder=args.encoder)
+        raise UsageError("neighbours needs one RUN")
+    probe = eval_linear.ProbeConfig(run=args.runs[0], encoder=args.encoder, data_dir=args.data_dir)
     encoder, run = eval_linear.load_encoder(probe)
-    if run is None:
-        raise UsageError(f"{args.runs[0]} has no config.json: name the folder of a run")
     train, test = (sacl.load_data(run, split) for split in ("train", "test"))
     if test is None or test.labels.max() < 0:
         raise UsageError(f"{args.runs[0]}: its dataset has no labelled test images")
-    order = torch.randperm(len(test), generator=torch.Generator().manual_seed(args.seed))
+    order = torch.randperm(len(test.labels), generator=seeded(args))
     first = [(test.labels[order] == c).nonzero()[0].item() for c in test.labels.unique()]
-    queries = sacl.subset(test, order[sorted(first)[: args.count]])
-    device = torch.device("cpu")
-    q, bank = (sacl.unit(sacl.embed(encoder, data, run, device)) for data in (queries, train))
+    queries, device = order[sorted(first)[: args.count]], torch.device("cpu")
+    q = sacl.unit(sacl.embed(encoder, test.pixels, run, device, queries))
+    bank = sacl.unit(sacl.embed(encoder, train.pixels, run, device))
     similar, nearest = (q @ bank.T).topk(args.count)
-    rows = []
-    for i, c in enumerate(queries.labels.tolist()):
-        row = [(zoomed(queries.pixels[i : i + 1][0]), "query", INK)]
+    rows = {}
+    for i, query in enumerate(queries.tolist()):
+        label = int(test.labels[query])
+        row = [(image(test, query), "query", "black")]
         for cosine, j in zip(similar[i].tolist(), nearest[i].tolist(), strict=True):
-            frame = RIGHT if int(train.labels[j]) == c else WRONG
-            row.append((zoomed(train.pixels[j : j + 1][0]), f"{cosine:.2f}", frame))
-        rows.append((test.classes[c].replace("_", " "), row))
-    return sheet(rows)
+            right = int(train.labels[j]) == label
+            row.append((image(train, j), f"{cosine:.2f}", RIGHT if right else WRONG))
+        rows[test.classes[label].replace("_", " ")] = row
+    return rows
 
 
-def settings(args: argparse.Namespace) -> sacl.Config:
-    """Of small images, where nothing else is asked for."""
+def seeded(args: argparse.Namespace) -> torch.Generator:
+    return torch.Generator().manual_seed(args.seed)
+
+
+def pick(args: argparse.Namespace) -> tuple[sacl.Config, Tensor]:
+    """Settings for drawing, and training images at random places, (count, 3, S, S)."""
     size = {} if args.dataset in sacl.DATASETS else {"image_size": 32}
-    return sacl.Config(dataset=args.dataset, data_dir=args.data_dir, **size)
+    data_dir = {"data_dir": args.data_dir} if args.data_dir else {}
+    cfg = sacl.Config(dataset=args.dataset, **data_dir, **size)
+    data = sacl.load_data(cfg, "train")
+    rows = torch.randperm(len(data.labels), generator=seeded(args))[: args.count]
+    torch.manual_seed(args.seed)  # of the views
+    return cfg, sacl.take(data.pixels, rows, torch.device("cpu"))
 
 
-def pick(data: sacl.Images, args: argparse.Namespace) -> Tensor:
-    """Images at random places, (count, 3, S, S)."""
-    rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(args.seed))
-    rows = rows[: args.count].tolist()
-    return torch.cat([data.pixels[i : i + 1] for i in rows])
+def image(data: sacl.Images, row: int) -> Tensor:
+    return sacl.take(data.pixels, torch.tensor([row]), torch.device("cpu"))[0]
 
 
-def shown(view: Tensor) -> Tensor:
-    """A normalised view (N, 3, H, W) as uint8 again."""
+def denormalize(view: Tensor) -> Tensor:
+    """Normalised views (N, 3, H, W) as images in [0, 1]."""
     mean, std = (torch.tensor(v)[:, None, None] for v in (sacl.MEAN, sacl.STD))
-    return ((view * std + mean).clamp(0, 1) * 255).round().byte()
+    return (view * std + mean).clamp(0, 1)
 
 
-def zoomed(x: Tensor) -> Image.Image:
-    """An image (3, H, W) whose pixels are enlarged, all to the same factor for small ones."""
-    factor = 3 if max(x.shape[1:]) <= 64 else 1
-    return to_pil_image(x.repeat_interleave(factor, 1).repeat_interleave(factor, 2))
+def together(parts: Tensor, grid: int) -> Tensor:
+    """Cells (G, 3, h, w) as they lie, a white line around each: (3, H, W)."""
+    parts = F.pad(parts, [1] * 4, value=1.0).unflatten(0, (grid, grid))  # (rows, columns, 3, h, w)
+    return parts.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
 
 
-def sheet(rows: list[tuple[str, list[tuple[Image.Image, str, str]]]]) -> Image.Image:
-    """Rows of (picture, caption, colour of its frame or ""), each behind its label."""
-    width = max(picture.width for _, row in rows for picture, *_ in row) + GAP
-    heights = [
-        max(picture.height for picture, *_ in row) + GAP + CAPTION * any(c for _, c, _ in row)
-        for _, row in rows
-    ]
-    size = LABEL + width * max(len(row) for _, row in rows) + GAP, sum(heights) + GAP
-    image = Image.new("RGB", size, "white")
-    draw, top = ImageDraw.Draw(image), GAP
-    for (label, row), height in zip(rows, heights, strict=True):
-        tallest = max(picture.height for picture, *_ in row)
-        draw.text((GAP, top + tallest / 2), label, INK, plot.font(13, 1), anchor="lm")
-        for i, (picture, caption, frame) in enumerate(row):
-            left = LABEL + i * width + (width - GAP - picture.width) // 2
-            upper = top + (tallest - picture.height) // 2
-            image.paste(picture, (left, upper))
-            thick = 3 if frame else 1
-            edge = [left - thick, upper - thick]
-            edge += [left + picture.width + thick - 1, upper + picture.height + thick - 1]
-            draw.rectangle(edge, outline=frame or "#bbbbbb", width=thick)
-            below = left + picture.width / 2, upper + picture.height + 5
-            draw.text(below, caption, INK, plot.font(11, 1), anchor="mt")
-        top += height
-    return image
+def captionless(rows: dict[str, Tensor]) -> dict[str, Row]:
+    return {label: [(x, "", "") for x in row] for label, row in rows.items()}
 
 
-# ------------------------------------------------------------ charts
+def sheet(rows: dict[str, Row], out: Path) -> None:
+    """Rows of pictures, uint8 or in [0, 1], each row behind its label."""
+    columns = max(map(len, rows.values()))
+    drawing = Figure(figsize=(1.1 * columns + 1.4, 1.25 * len(rows)), layout="constrained")
+    axes = drawing.subplots(len(rows), columns, squeeze=False)
+    for (label, row), line in zip(rows.items(), axes, strict=True):
+        line[0].set_ylabel(label, rotation=0, ha="right", va="center")
+        for axis, (x, caption, colour) in zip(line, row, strict=False):
+            axis.imshow(x.expand(3, -1, -1).permute(1, 2, 0).numpy(), interpolation="nearest")
+            axis.set_xlabel(caption, fontsize=8)
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set(color=colour or "#bbbbbb", linewidth=2.5 if colour else 0.5)
+        for axis in line[len(row) :]:
+            axis.set_axis_off()
+    drawing.savefig(out, dpi=150)
+
+
+# ------------------------------------------------------------ charts: panels of lines
 
 
 def curves(args: argparse.Namespace) -> list[dict]:
-    """Loss and kNN of runs: by epochs, and by minutes of training."""
-    if not args.runs:
-        raise UsageError("curves needs one or more RUN_DIRs")
-    panels = {
-        "loss": {"title": "InfoNCE, mean of an epoch", "x": "epoch"},
-        "knn": {"title": "kNN accuracy, per cent", "x": "epoch"},
-        "time": {"title": "kNN accuracy, per cent", "x": "minutes of training"},
-    }
-    for panel in panels.values():
-        panel["lines"] = {}
-    for folder in map(Path, args.runs):
-        log = sacl.read_log(folder / "log.jsonl")
-        facts = next((x for x in log if "settings" in x), None)
-        if facts is None:
-            raise UsageError(f"{folder} is not a run's folder: it has no log.jsonl with settings")
-        batch, steps = facts["settings"]["batch_size"], facts["steps_per_epoch"]
-        name = folder.resolve().name
-        for at in plot.curve_of(log, batch):
-            epoch, minutes = at["images"] / (batch * steps), at["seconds"] / 60
-            for panel, x, figure in (
-                ("loss", epoch, "loss"),
-                ("knn", epoch, "knn"),
-                ("time", minutes, "knn"),
-            ):
-                if figure in at:
-                    panels[panel]["lines"].setdefault(name, []).append((x, at[figure]))
-    return [panel for panel in panels.values() if panel["lines"]]
-
-
-def fig7(args: argparse.Namespace) -> list[dict]:
-    """The paper's Fig. 7: accuracy by temperature, a panel for each dataset."""
-    lines = lines_of("fig7", args)
-    panels = []
-    for dataset, on in sorted({(line["dataset"], line["on"]) for line in lines}):
-        runs: dict[str, dict[float, list[float]]] = {}
-        group = alike([x for x in lines if (x["dataset"], x["on"]) == (dataset, on)])
-        for line in group:
-            for encoder, figures in line["linear"].items():
-                name, tau = f"linear top-1, {encoder}", line["settings"]["tau"]
-                runs.setdefault(name, {}).setdefault(tau, []).append(figures["top1"])
-        most = max(map(len, runs.values()))  # other encoders were perhaps probed in a few runs only
-        runs = {name: row for name, row in runs.items() if len(row) == most}
-        title = f"{dataset}, {about(group)}"
-        panel = {"title": title, "x": "tau; bars: standard deviation", "log": True, "span": 10}
-        panels.append(panel | {"lines": {name: averaged(row) for name, row in runs.items()}})
-    return panels
-
-
-def grid(args: argparse.Namespace) -> list[dict]:
-    """kNN accuracy with and without the grid, by images seen and by seconds of training."""
-    lines = lines_of("grid", args)
-    lines = alike([x for x in lines if x["dataset"] == lines[-1]["dataset"]])
-    panels = []
-    for x in ("images", "seconds"):
-        rows: dict[str, dict[int, list[tuple]]] = {}
-        for line in lines:
-            for i, at in enumerate(line["curve"]):
-                point = at[x] / 1000 if x == "images" else at[x], at["knn"]
-                rows.setdefault(line["rows"]["grid"], {}).setdefault(i, []).append(point)
-        drawn = {}
-        for name, row in rows.items():
-            means = {i: statistics.mean(p[0] for p in points) for i, points in row.items()}
-            spread = averaged({means[i]: [p[1] for p in points] for i, points in row.items()})
-            drawn[name] = spread
-        label = {"images": "thousand images seen", "seconds": "seconds of training"}[x]
-        title = f"kNN accuracy (%), {lines[-1]['dataset']}, {about(lines)}"
-        panels.append({"title": title, "x": label, "lines": drawn})
+    """Loss and kNN of runs: by epochs, and by minutes of training and monitoring."""
+    loss = {"title": "InfoNCE, mean of an epoch", "x": "epoch", "lines": {}}
+    knn = {"title": "kNN accuracy, per cent", "x": "epoch", "lines": {}}
+    timed = {"title": "kNN accuracy, per cent", "x": "minutes", "lines": {}}
+    for run in map(Path, args.runs):
+        log = sacl.read_log(run if run.is_file() else run / "log.jsonl")
+        if not any("epoch" in line for line in log):
+            raise UsageError(f"{run} is neither a run's folder with a log.jsonl nor a log")
+        name = run.stem if run.is_file() else run.resolve().name
+        ends = [line for line in log if "epoch_loss" in line]
+        loss["lines"][name] = [(line["epoch"], line["epoch_loss"]) for line in ends]
+        measured = [line for line in log if "knn" in line]
+        knn["lines"][name] = [(line["epoch"], line["knn"]) for line in measured]
+        timed["lines"][name] = [(line.get("seconds", 0) / 60, line["knn"]) for line in measured]
+    panels = [panel for panel in (loss, knn, timed) if any(panel["lines"].values())]
+    if not panels:
+        raise UsageError("curves needs one RUN or more, trained for an epoch or more")
     return panels
 
 
 def compare(args: argparse.Namespace) -> list[dict]:
-    """kNN accuracy of SACL and the other systems, by epochs and by what their steps cost."""
-    cfg = CompareConfig(dataset=args.dataset, results=str(args.file))
+    """kNN accuracy of SACL and the other systems, by epochs and by what their steps cost.
+
+    Of each system and seed the latest run on the dataset, and the latest costs.
+    """
     lines = sacl.read_log(args.file)
-    ended = {name: ended_runs(cfg, name, lines) for name in cfg.names}
-    runs = {name: [x for x in found if "error" not in x] for name, found in ended.items()}
-    runs = {name: found for name, found in runs.items() if found}
-    costs = known_costs(cfg, lines, ["fast-moco", *runs])
-    if not runs or not costs:
+    done = [x for x in lines if "curve" in x and x["settings"]["dataset"] == args.dataset]
+    costs = [x["cost"] for x in lines if "cost" in x and x["of"].startswith(args.dataset)]
+    if not done or not costs:
         raise UsageError(
             f"--file {args.file} has no runs and costs of --dataset {args.dataset}: python "
-            f"related/compare.py --dataset {args.dataset}"
+            f"bench/compare.py --dataset {args.dataset}"
         )
     title = f"kNN accuracy, per cent, {args.dataset}"
     equal = {"title": title, "x": "epochs", "lines": {}}
     cost = {"title": title, "x": "cost, in epochs of fast-moco", "lines": {}}
-    for name, found in runs.items():
+    for name in dict.fromkeys(x["method"] for x in done):
         epochs: dict[float, list[float]] = {}
-        for run in found:
+        for run in {x["seed"]: x for x in done if x["method"] == name}.values():
             steps = run["curve"][-1]["step"] / run["settings"]["epochs"]  # of an epoch
             for at in run["curve"]:
                 epochs.setdefault(at["step"] / steps, []).append(at["knn"])
-        share = costs[name] / costs["fast-moco"]
-        equal["lines"][name] = averaged(epochs)
-        cost["lines"][name] = averaged({x * share: ys for x, ys in epochs.items()})
+        share = costs[-1][name] / costs[-1]["fast-moco"]
+        means = {x: (statistics.mean(y), deviation(y)) for x, y in epochs.items()}
+        equal["lines"][name] = [(x, *y) for x, y in means.items()]
+        cost["lines"][name] = [(x * share, *y) for x, y in means.items()]
     return [equal, cost]
 
 
-def lines_of(table: str, args: argparse.Namespace) -> list[dict]:
-    """Finished runs of a table, all of the scale of the last of them."""
-    lines = [x for x in sacl.read_log(args.file) if table in x["rows"] and "error" not in x]
-    if not lines:
-        raise UsageError(
-            f"--file {args.file} has no run of {table}: python bench/ablations.py {table}"
-        )
-    return [x for x in lines if x["scale"] == lines[-1]["scale"]]
+def deviation(values: list[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def alike(lines: list[dict]) -> list[dict]:
-    """Those of the last one's network, images, epochs, batch and probe."""
-    return [x for x in lines if plot.scale_of(x) == plot.scale_of(lines[-1])]
-
-
-def about(lines: list[dict]) -> str:
-    seeds = len({x["seed"] for x in lines})
-    return f"{lines[-1]['images']} images, {lines[-1]['settings']['epochs']} epochs, n = {seeds}"
-
-
-def averaged(row: dict[float, list[float]]) -> list[tuple[float, float, float]]:
-    """(x, mean, standard deviation) over the seeds."""
-    return [
-        (x, statistics.mean(ys), statistics.stdev(ys) if len(ys) > 1 else 0)
-        for x, ys in sorted(row.items())
-    ]
+def chart(panels: list[dict], out: Path) -> None:
+    """Panels side by side; a line is a list of (x, y) or (x, y, standard deviation)."""
+    names = list(dict.fromkeys(name for panel in panels for name in panel["lines"]))
+    palette = [*colormaps["tab10"].colors, *colormaps["Dark2"].colors]
+    colours = dict(zip(names, itertools.cycle(palette), strict=False))
+    drawing = Figure(figsize=(4.4 * len(panels), 4), layout="constrained")
+    for axis, panel in zip(drawing.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for name, points in ((name, some) for name, some in panel["lines"].items() if some):
+            axis.errorbar(*zip(*sorted(points), strict=True), color=colours[name], label=name)
+        axis.set_title(panel["title"], loc="left", fontsize=10)
+        axis.set_xlabel(panel["x"])
+        axis.grid(color="#dddddd")
+        axis.spines[["top", "right"]].set_visible(False)
+    handles = drawing.axes[0].get_legend_handles_labels()
+    drawing.legend(*handles, loc="outside lower center", ncols=6, fontsize=8, frameon=False)
+    drawing.savefig(out, dpi=110)
 
 
 # ------------------------------------------------------------ command line
 
-PICTURES = {"views": views, "cells": cells, "neighbours": neighbours}
-CHARTS = {"curves": curves, "fig7": fig7, "grid": grid, "compare": compare}
+PICTURES = {f.__name__: f for f in (views, cells, textures, masks, jigsaw, neighbours)}
+CHARTS = {f.__name__: f for f in (curves, compare)}
+
+
+def draw(args: argparse.Namespace) -> None:
+    if args.count < 1:
+        raise UsageError(f"--count {args.count}: must be at least 1")
+    if args.out.suffix != ".png":
+        raise UsageError(f"--out {args.out}: must end in .png")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    if args.name in PICTURES:
+        sheet(PICTURES[args.name](args), args.out)
+    else:
+        chart(CHARTS[args.name](args), args.out)
+    print(args.out, flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("figures.py", allow_abbrev=False)
     parser.add_argument("name", choices=[*PICTURES, *CHARTS])
-    parser.add_argument("runs", nargs="*", metavar="RUN_DIR")
+    parser.add_argument("runs", nargs="*", metavar="RUN")
     parser.add_argument("--dataset", default="shapes")
-    parser.add_argument("--data-dir", default="data")
+    parser.add_argument("--data-dir", default="", help="[data, or the run's]")
     parser.add_argument("--encoder", choices=("online", "target"), default="online")
     parser.add_argument("--count", type=int, default=8, help="images in a row [8]")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--file", type=Path, help="[results/ablations.jsonl or compare.jsonl]")
+    parser.add_argument("--file", type=Path, default=Path("results/compare.jsonl"))
     parser.add_argument("--out", type=Path, help="[results/figure-<name>.png]")
     args = parser.parse_args(argv)
-    source = "compare" if args.name == "compare" else "ablations"
-    args.file = args.file or Path("results", f"{source}.jsonl")
-    out = args.out or Path("results", f"figure-{args.name}.png")
-    try:
-        if args.count < 1:
-            raise UsageError(f"--count {args.count}: must be at least 1")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if args.name in PICTURES:
-            PICTURES[args.name](args).save(out)
-        else:
-            plot.chart(CHARTS[args.name](args), out)
-    except UsageError as error:
-        print(f"figures.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    print(out, flush=True)
+    args.out = args.out or Path("results", f"figure-{args.name}.png")
+    sacl.command("figures.py", lambda: draw(args))
 
 
 if __name__ == "__main__":

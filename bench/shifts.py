@@ -1,34 +1,38 @@
-"""What the frozen, already trained probe still sees on shifted test images.
+"""What a frozen encoder and its linear probe still see on shifted test images.
 
-    python eval_linear.py RUN --shifts [--conflict FOLDER]
+    python bench/shifts.py RUN [--encoder recalibrated]      prints, and writes RUN/shifts-*.json
 
 texture      texture.py's synthesis from two patches of the image: its texture without its shape
-shuffle_2x2  the image's 2 x 2 or 4 x 4 patches in a random order (of its own for every image):
-shuffle_4x4  all the texture, the layout broken
+shuffle      the image's 2 x 2 or 4 x 4 patches in a random order: its texture without its layout
 low_pass     a Gaussian blur of 1/16 of the side (2 px of 32): the layout without the texture
-silhouette   low-passed luma cut at Otsu's threshold into a black object on a white ground, ground
-             being what most of the border is: crude, without weights, and wrong for many photos
-corruptions  Gaussian noise, blur, contrast, brightness, pixelation and JPEG-like quantisation at
-             five severities. Our own code and amounts: these are NOT the figures of CIFAR-C
-conflict     images with one class's shape and another's texture: how often each of the two is
-             named, and shape_share = shape / (shape + texture) (Geirhos et al., ICLR 2019)
+silhouette   low-passed luma cut at Otsu's threshold, a black object on a white ground, ground being
+             what most of the border is: crude, without weights, and wrong for many photos
+corruptions  noise, blur, contrast, brightness, pixelation and JPEG-like quantisation at five
+             severities. Our own code and amounts: these are NOT the figures of CIFAR-C
+conflict     of the drawn dataset: images with one class's shape and another's texture, how often
+             each is named, and shape_share = shape / (shape + texture) (Geirhos et al., ICLR 2019)
 
-Everything is uint8 (N, 3, S, S) -> uint8 (N, 3, S, S). What is random depends on the seed, the
+Shifts map uint8 images (N, 3, S, S) to uint8 (N, 3, S, S). What is random depends on the seed, the
 shift's name and the image's place in the test set alone.
 """
 
+import argparse
+import copy
+import json
 import math
-import re
+import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Generator, Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import eval_linear
 import sacl
+from sacl import Config, Images
 from texture import texture_views
 
 # severities 0 (the plain image) to 5; lengths in pixels of an image of 32, steps in 1/255
@@ -45,14 +49,43 @@ AMOUNTS = {
 # ------------------------------------------------------------ the figures
 
 
+def evaluate(run_dir: str, which: str = "online", data_dir: str = "") -> dict:
+    """Fit a probe (eval_linear's lbfgs) on the training images; returns what it writes."""
+    network = "target" if which == "target" else "online"
+    probe = eval_linear.ProbeConfig(run=run_dir, data_dir=data_dir, encoder=network, probe="lbfgs")
+    encoder, run = eval_linear.load_encoder(probe)
+    sacl.require_writable(Path(run_dir))
+    train_set, test_set = (sacl.load_data(run, split) for split in ("train", "test"))
+    if test_set is None or min(train_set.labels.min(), test_set.labels.min()) < 0:
+        raise sacl.UsageError(f"--dataset {run.dataset}: a probe needs labelled images")
+    device = sacl.choose_device()
+    encoder.to(device)
+    if which == "recalibrated":
+        encoder = recalibrate(encoder, train_set, run, device)
+    head, _ = eval_linear.probe_lbfgs(encoder, train_set, run, probe, device)
+    cues = {"conflict": conflict_images(run.seed)} if run.dataset == "shapes" else {}
+    result = measure(encoder, head, test_set, cues, run, 0, device)
+    result["machine"] = sacl.describe_machine(device, sacl.precision(run, device))
+    sacl.write(Path(run_dir, f"shifts-{which}.json"), json.dumps(result, indent=1).encode())
+    return result
+
+
+def recalibrate(encoder: nn.Module, data: Images, run: Config, device: torch.device) -> nn.Module:
+    """A copy whose BatchNorm statistics are averages over the unaugmented training images.
+
+    In training the online encoder only sees cells of a quarter of the image.
+    """
+    encoder = copy.deepcopy(encoder).train()
+    for norm in (m for m in encoder.modules() if isinstance(m, nn.BatchNorm2d)):
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain average over batches
+    for index in torch.arange(len(data.labels)).split(500):
+        encoder(sacl.eval_view(sacl.take(data.pixels, index, device), run.image_size))
+    return encoder.eval()
+
+
 def measure(
-    encoder: nn.Module,
-    head: nn.Module,
-    data: sacl.Images,
-    conflicts: dict[str, sacl.Images],
-    run: sacl.Config,
-    seed: int,
-    device: torch.device,
+    encoder, head, data: Images, conflicts: dict[str, Images], run: Config, seed: int, device
 ) -> dict:
     """Top-1 on every shift of the test images, and the shares of cues on the conflict images."""
 
@@ -62,28 +95,24 @@ def measure(
             features = encoder(sacl.normalize(as_floats(x))).float()
         return head(features).argmax(1).cpu()
 
+    def batches(some: Images) -> Iterator[tuple[Tensor, Tensor]]:
+        for index in torch.arange(len(some.labels)).split(500):
+            yield index, as_evaluated(sacl.take(some.pixels, index, device), run.image_size)
+
     right: dict[str, int] = {}
-    for index, x in sacl.fetch(data.pixels, in_batches(data), run.workers, device):
-        labels = data.labels[index.cpu()]
-        for name, shifted in shifts_of(as_evaluated(x, run.image_size), seed, int(index[0])):
-            right[name] = right.get(name, 0) + (classify(shifted) == labels).sum().item()
-    top1 = {name: round(100 * hits / len(data), 2) for name, hits in right.items()}
-    if "texture" not in top1:
-        print(f"no texture shift: images of {run.image_size} px take too long here", flush=True)
+    for index, x in batches(data):
+        for name, shifted in shifts_of(x, seed, int(index[0])):
+            hits = (classify(shifted) == data.labels[index]).sum().item()
+            right[name] = right.get(name, 0) + hits
+    top1 = {name: round(100 * hits / len(data.labels), 2) for name, hits in right.items()}
     levels = {name: [top1.pop(f"{name} {s}") for s in range(1, 6)] for name in AMOUNTS}
     mean = sum(map(sum, levels.values())) / (5 * len(levels))
     result = {**top1, "corruption_mean": round(mean, 2), "corruptions": levels}
-    for name, images in conflicts.items():
-        loader = sacl.fetch(images.pixels, in_batches(images), run.workers, device)
-        named = torch.cat([classify(as_evaluated(x, run.image_size)) for _, x in loader])
-        result[name] = cue_shares(named, images)
+    for name, some in conflicts.items():
+        result[name] = cue_shares(torch.cat([classify(x) for _, x in batches(some)]), some)
     for name, figure in result.items():
         print(f"  {name} {figure}", flush=True)
     return result
-
-
-def in_batches(data: sacl.Images) -> tuple[Tensor, ...]:
-    return torch.arange(len(data)).split(500)
 
 
 def shifts_of(x: Tensor, seed: int, first: int) -> Iterator[tuple[str, Tensor]]:
@@ -94,67 +123,30 @@ def shifts_of(x: Tensor, seed: int, first: int) -> Iterator[tuple[str, Tensor]]:
 
     yield "plain", x
     side = x.shape[-1]
-    if side <= (96 if x.device.type == "cuda" else 64):
+    if side <= (96 if x.device.type == "cuda" else 64):  # larger ones take seconds each
         yield "texture", texture_views(x, generator=generator("texture"))
     for n in (2, 4):
         if side % n == 0:
             yield f"shuffle_{n}x{n}", shuffle_patches(x, n, generator(f"shuffle {n}"))
     yield "low_pass", as_bytes(blur(as_floats(x), side / 16))
     yield "silhouette", silhouette(x)
-    for name in AMOUNTS:
-        for severity in range(1, 6):
-            key = f"{name} {severity}"
-            yield key, corrupt(x, name, severity, generator(key))
+    for key in (f"{name} {severity}" for name in AMOUNTS for severity in range(1, 6)):
+        yield key, corrupt(x, key.split()[0], int(key.split()[1]), generator(key))
 
 
-def cue_shares(named: Tensor, data: sacl.Images) -> dict:
+def conflict_images(seed: int, count: int = 1000) -> Images:
+    """Drawn images whose shape and texture are of two classes; a label is 10 * shape + texture."""
+    return sacl.in_memory(*sacl.beside("shapes").draw(count, 2, seed))
+
+
+def cue_shares(named: Tensor, data: Images) -> dict:
     """How often the class of the shape, and of the texture, was named, (N,), in per cent."""
     k = len(data.classes)
     shape, texture = named == data.labels // k, named == data.labels % k
     either = shape | texture
     share = sacl.percent(shape[either]) if either.any() else None
     figures = {"shape": sacl.percent(shape), "texture": sacl.percent(texture)}
-    return {**figures, "shape_share": share, "images": len(data)}
-
-
-def conflicts(run: sacl.Config, classes: list[str], folder: str) -> dict[str, sacl.Images]:
-    """Cue-conflict images, embedded or of a folder; of K classes a label is shape * K + texture."""
-    found = {"conflict": sacl.load_data(run, "conflict")} if run.dataset == "shapes" else {}
-    return found | ({"conflict_folder": read_conflict(folder, classes, run)} if folder else {})
-
-
-def read_conflict(folder: str, classes: list[str], run: sacl.Config) -> sacl.Images:
-    """Images whose file name, or folder, reads <shape>-<texture>, two of the dataset's classes."""
-    kinds = torchvision.datasets.folder.IMG_EXTENSIONS
-    paths = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in kinds)
-    cues = {p: found for p in paths if (found := cues_of(p, classes))}
-    if not cues:
-        raise sacl.UsageError(
-            f"--conflict {folder}: none of its {len(paths)} images is named <shape>-<texture>, as "
-            f"cat1-truck2.png or cat-truck/1.png, after classes of the dataset ({classes[0]}, ...)"
-        )
-    if len(cues) < len(paths):
-        print(f"--conflict: {len(paths) - len(cues)} of {len(paths)} images left out: not named "
-              "after two different classes of the dataset", flush=True)  # fmt: skip
-    labels = [shape * len(classes) + texture for shape, texture in cues.values()]
-    return sacl.Images(
-        sacl.Files(list(cues), sacl.square(run.image_size)), torch.tensor(labels), classes
-    )
-
-
-def cues_of(path: Path, classes: list[str]) -> tuple[int, int] | None:
-    """Shape and texture class by the file's name, else its folder's; None: no two such classes.
-
-    Numbers after a class's name are skipped, and classes may have hyphens in theirs.
-    """
-    for text in (path.stem, path.parent.name):
-        words = text.split("-")
-        for i in range(1, len(words)):
-            pair = ["-".join(words[:i]), "-".join(words[i:])]
-            pair = [name if name in classes else re.sub(r"\d+$", "", name) for name in pair]
-            if set(pair) <= set(classes) and pair[0] != pair[1]:
-                return classes.index(pair[0]), classes.index(pair[1])
-    return None
+    return {**figures, "shape_share": share, "images": len(data.labels)}
 
 
 # ------------------------------------------------------------ the shifts
@@ -241,8 +233,8 @@ def quantise(x: Tensor, step: float) -> Tensor:
 
 
 def as_evaluated(x: Tensor, size: int) -> Tensor:
-    """What sacl.plain shows of uint8 images, before it normalises: (N, 3, size, size), uint8."""
-    side = sacl.square(size)
+    """What sacl.eval_view shows of uint8 images, not normalised: (N, 3, size, size), uint8."""
+    side = sacl.stored_side(size)
     if x.shape[-1] != side:
         x = as_bytes(F.interpolate(as_floats(x), size=side, mode="bilinear", antialias=True))
     edge = (side - size) // 2
@@ -255,3 +247,17 @@ def as_floats(x: Tensor) -> Tensor:
 
 def as_bytes(x: Tensor) -> Tensor:
     return (x.clamp(0, 1) * 255).round().byte()
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser("shifts.py", allow_abbrev=False)
+    parser.add_argument("run", help="a run's folder")
+    # recalibrated: the online one, with BatchNorm statistics of whole images
+    parser.add_argument("--encoder", choices=("online", "recalibrated", "target"), default="online")
+    parser.add_argument("--data-dir", default="", help="[the run's own]")
+    args = parser.parse_args(argv)
+    sacl.command("shifts.py", lambda: evaluate(args.run, args.encoder, args.data_dir))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# What only a GPU can show, in one session of about an hour on one card:
+#
+#     bash bench/gpu.sh [DATA_DIR] [OUT]          CIFAR-100 is downloaded to DATA_DIR if it is not there
+#     EPOCHS=50 bash bench/gpu.sh                 a shorter run, with a whole cosine of its own
+#
+# Every part leaves a log in OUT. A part that is done is not repeated, and an interrupted training
+# goes on from its checkpoint: after a disconnect give the same command again.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+DATA=${1:-data}
+OUT=${2:-results/gpu}
+EPOCHS=${EPOCHS:-200}
+mkdir -p "$OUT"
+
+part() { # NAME COMMAND...: its output goes to OUT/NAME.log, too
+  local name=$1
+  shift
+  [ -e "$OUT/$name.done" ] && return
+  echo "== $name: $*"
+  if "$@" 2>&1 | tee -a "$OUT/$name.log"; then
+    touch "$OUT/$name.done"
+  else
+    echo "== $name FAILED: read $OUT/$name.log; the same command tries it again"
+  fi
+}
+
+part machine nvidia-smi
+
+# 1. The tests, with CUDA. Sums round differently there; the tests allow for it.
+part tests python -m pytest -q
+
+# 2. Time of a step: eager, compiled, the fused tail, CUDA graphs, and the plain implementation.
+#    A step of sacl.py's default on this card (ours+bf16+compile) should lead; where +fused or
+#    +graphs is clearly faster (x below 0.95), they are worth having in sacl.py.
+part step python bench/step.py --whole --json "$OUT/step.json"
+part step-512 python bench/step.py --whole --batch-size 512 --json "$OUT/step-512.json" \
+  --rows ours+bf16,ours+bf16+compile,ours+bf16+compile+fused
+part step-peers python bench/step.py --job moco3 --json "$OUT/step-peers.json"
+part textures python bench/texture.py --data-dir "$DATA" --json "$OUT/texture.json"
+
+# 3. The paper's run (Section 3.2) and its linear evaluation; then what the encoder goes by.
+RUN="$OUT/cifar100"
+part train python sacl.py --dataset cifar100 --data-dir "$DATA" --output-dir "$RUN" \
+  --epochs "$EPOCHS"
+part linear python eval_linear.py "$RUN"
+part linear-target python eval_linear.py "$RUN" --encoder target
+part shifts python bench/shifts.py "$RUN"
+part shifts-recalibrated python bench/shifts.py "$RUN" --encoder recalibrated
+
+# To keep: OUT/*.log, OUT/*.json, and of the run log.jsonl, config.json, linear-*.json, shifts-*.json
+# and backbone.pth; checkpoint.pth only to train on.
