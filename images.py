@@ -17,7 +17,6 @@ import math
 import os
 import re
 import shutil
-import stat
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -34,11 +33,10 @@ DECODER = 1  # to be raised whenever the same file gives other pixels
 MOST_PIXELS = 2**29  # of a picture; a photograph of 20,000 x 20,000 has fewer
 NOT_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}  # vectors, containers
 SYSTEM = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
-SPLIT = (
-    re.compile(  # such as train, Training_set, train.X1, val2017, testB; seg_train with seg_test
-        r"(?P<front>.*[\W_])?(?i:(?P<train>train(?:ing)?)|(?P<test>test(?:ing)?)|(?P<val>val(?:id"
-        r"(?:ation)?)?|dev|eval))(?i:[\W_]*(?:(?:data)?set|data|split|ima?ge?s?|x?\d*))[AB]?"
-    )
+# such as train, Training_set, train.X1, val2017, testB; seg_train where seg_test is, too
+SPLIT = re.compile(
+    r"(?P<front>.*[\W_])?(?i:(?P<train>train(?:ing)?)|(?P<test>test(?:ing)?)|(?P<val>val(?:id"
+    r"(?:ate|ation)?)?|dev|eval))(?i:[\W_]*(?:(?:data)?set|data|split|ima?ge?s?|x?\d*))[AB]?"
 )
 
 
@@ -70,9 +68,11 @@ def list_images(root: Path, split: str) -> Listing | None:
         raise ValueError("; ".join([none, *train.told[1:]]))
     if split == "train":
         if rest:
-            train.told.append(f"not used: {len(rest)} images, as {'/'.join(min(rest))}")
+            train.told.append(f"not used: {len(rest)} images, such as {'/'.join(min(rest))}")
         return train
-    tests = [list_split(root, folder, sizes, skipped, train.classes) for folder in test_folders]
+    tests = [
+        list_split(root, f, sizes, skipped, "test images", train.classes) for f in test_folders
+    ]
     # those labelled as the training images are, then those labelled otherwise, then the others
     tests.sort(key=lambda test: (test.classes != train.classes, not test.classes))
     for other in tests[1:]:
@@ -87,29 +87,30 @@ def scan(root: Path) -> tuple[dict[str, int], dict[str, str]]:
     """
     kinds = Image.registered_extensions().items()  # MPO is read as JPEG
     kinds = {k for k, f in kinds if f == "MPO" or f in Image.OPEN and f not in NOT_PICTURES}
-    sizes, skipped, status = {}, {}, os.stat(root)
-    waiting = [((), {(status.st_dev, status.st_ino)})]
+    sizes, skipped, waiting = {}, {}, [(root, (), set())]
     while waiting:
-        folder, around = waiting.pop()
-        for entry in os.scandir(os.path.join(root, *folder)):
+        where, folder, around = waiting.pop()
+        this = os.stat(where)[1:3]  # inode and device
+        if this in around:
+            skipped[folder] = "link in a circle"
+            continue
+        for entry in os.scandir(where):
             path, kind = (*folder, entry.name), Path(entry.name).suffix.lower()
-            hidden = entry.name.startswith(".") or entry.name in SYSTEM
             try:
-                status = None if hidden else os.stat(entry.path)
+                if entry.name.startswith(".") or entry.name in SYSTEM:
+                    skipped[path] = "hidden"
+                elif entry.is_dir():
+                    waiting.append((entry.path, path, around | {this}))
+                elif not entry.is_file():
+                    skipped[path] = "broken link" if entry.is_symlink() else "other"
+                elif kind in kinds:
+                    sizes[path] = entry.stat().st_size
+                else:
+                    skipped[path] = kind if re.fullmatch(r"\.[a-z]\w{0,4}", kind) else "other"
             except OSError as error:
-                if error.errno not in (errno.ENOENT, errno.ELOOP):
+                if error.errno != errno.ELOOP:
                     raise
-                status = None
-            if status is None:
-                skipped[path] = "hidden" if hidden else "broken link"
-            elif stat.S_ISDIR(status.st_mode) and (status.st_dev, status.st_ino) not in around:
-                waiting.append((path, around | {(status.st_dev, status.st_ino)}))
-            elif not stat.S_ISREG(status.st_mode) or not re.fullmatch(r"\.[a-z]\w{0,4}", kind):
-                skipped[path] = "other"
-            elif kind in kinds:
-                sizes[path] = status.st_size
-            else:
-                skipped[path] = kind
+                skipped[path] = "link in a circle"
     return sizes, skipped
 
 
@@ -120,12 +121,9 @@ def find_splits(root: Path, sizes: dict[tuple, int]) -> tuple[tuple, list[tuple]
     """
     folders = {path[:i] for path in sizes for i in range(1, len(path))}
     found = {f: match for f in folders if (match := SPLIT.fullmatch(f[-1]))}
-    paired = {(m["front"], bool(m["train"])) for m in found.values()}
-    named = {
-        f: m.lastgroup
-        for f, m in found.items()
-        if not m["front"] or (m["front"], not m["train"]) in paired
-    }
+    # a word in front counts where it is before both
+    paired = {(m["front"], bool(m["train"])) for m in found.values()} | {(None, 0), (None, 1)}
+    named = {f: m.lastgroup for f, m in found.items() if (m["front"], not m["train"]) in paired}
     outer = [f for f in sorted(named) if not any(f[:i] in named for i in range(len(f)))]
     trains = [f for f in outer if named[f] == "train"]
     tests = sorted((f for f in outer if named[f] != "train"), key=named.get)  # "test" before "val"
@@ -135,27 +133,26 @@ def find_splits(root: Path, sizes: dict[tuple, int]) -> tuple[tuple, list[tuple]
     if outer and not (clear and (tests or not rest)):  # train alone may be one class of several
         shown = ", ".join("/".join(f) for f in sorted(named)[:4])
         raise ValueError(
-            f"{root}: it is not clear which images are for training and which for testing, by its "
-            f"folders {shown}: keep one folder train, and one folder test or val beside it, or "
-            "give the folder to train on as the dataset"
+            f"{root}: its folders {shown} do not tell which images are for training and which for "
+            "testing: keep one folder train, and one folder test or val beside it (rename a class "
+            "of such a name), or give the folder to train on as the dataset"
         )
     return trains[0] if outer else (), tests, rest if outer else []
 
 
-def list_split(root: Path, folder: tuple, sizes: dict, skipped: dict, known=None) -> Listing:
-    """The images below a folder of root; test images where training classes are `known`."""
+def list_split(root: Path, folder: tuple, sizes, skipped, what="images", known=()) -> Listing:
+    """The images below a folder of root. One of the `known` training classes is always a class."""
     paths = sorted((p for p in sizes if p[: len(folder)] == folder), key="/".join)
     common, depth = os.path.commonprefix([p[:-1] for p in paths]), len(folder)
-    while depth < len(common) and common[depth] not in (known or ()):
+    while depth < len(common) and common[depth] not in known:
         depth += 1
     classes = sorted({p[depth] for p in paths if len(p) > depth + 1})
-    if len(classes) == 1 and classes[0] not in (known or ()):
+    if len(classes) == 1 and classes[0] not in known:
         classes = []
     number = {name: i for i, name in enumerate(classes)}
     labels = [number.get(p[depth], -1) if len(p) > depth + 1 else -1 for p in paths]
-    what = f"{len(paths)} {'images' if known is None else 'test images'}"
-    what += f", {len(classes)} classes" if classes else ", no labels"
-    told = [f"{what}, from {root.joinpath(*common[:depth])}"]
+    divided = f"{len(classes)} classes" if classes else "no labels"
+    told = [f"{len(paths)} {what}, {divided}, from {root.joinpath(*common[:depth])}"]
     if classes and -1 in labels:
         told.append(f"{labels.count(-1)} of them lie beside the class folders and have no label")
     counts = Counter(kind for p, kind in skipped.items() if p[: len(folder)] == folder)
@@ -184,16 +181,18 @@ def square(path: Path, side: int) -> Tensor:
         if rgb.has_transparency_data:
             rgb = rgb.convert("RGBA")
             rgb = Image.alpha_composite(Image.new("RGBA", rgb.size, "white"), rgb)
+        rgb = rgb.convert("RGB")  # loads the picture, whose size may be known only then
         short = min(rgb.size)
         # without scaling on whole pixels, which then stay as they are
         left, top = ((n - short) // 2 if short == side else (n - short) / 2 for n in rgb.size)
         box = (left, top, left + short, top + short)
-        x = rgb.convert("RGB").resize((side, side), Image.Resampling.BICUBIC, box)
+        x = rgb.resize((side, side), Image.Resampling.BICUBIC, box)
     except Exception as error:  # Pillow raises a dozen kinds for a broken file
-        passing = isinstance(error, MemoryError) or getattr(error, "errno", None)
-        if passing or "out of memory" in str(error):
-            error.filename = getattr(error, "filename", None) or str(path)
+        if getattr(error, "errno", None):
+            error.filename = error.filename or str(path)
             raise
+        if isinstance(error, MemoryError) or "out of memory" in str(error):
+            raise MemoryError(f"{path}: out of memory") from None
         reason = re.split(r" <|\n", str(error))[0] or type(error).__name__
         raise ValueError(f"{path}: not a readable image ({reason}): remove or replace it") from None
     x.info = image.info
@@ -229,10 +228,11 @@ def decoded_path(listing: Listing, side: int, folder: Path) -> Path:
     return Path(folder, f"{len(times)}x{side}px-v{DECODER}-{digest}.npy")
 
 
-def decode(listing: Listing, side: int, folder: Path, claim=None, in_memory: int = 4 << 30):
+def decode(listing: Listing, side: int, folder: Path, in_memory: int = 4 << 30, claim=None):
     """The squares, uint8 (L, 3, side, side): a tensor of up to `in_memory` bytes, or a mapped file.
 
-    The file is decoded once, into `folder`, by one process at a time; a stopped one goes on.
+    The file is decoded once, into `folder`; a stopped process goes on. claim(lock, wait=True), as
+    sacl.claim, makes others wait meanwhile.
     """
     shape = (len(listing.paths), 3, side, side)
     if math.prod(shape) <= in_memory:
@@ -241,8 +241,12 @@ def decode(listing: Listing, side: int, folder: Path, claim=None, in_memory: int
             squares[row : row + len(block)] = block
         return squares
     target = decoded_path(listing, side, folder)
-    if not target.exists():
-        write_squares(listing.paths, side, target)
+    lock = claim(target.with_suffix(".lock"), wait=True) if claim else contextlib.nullcontext()
+    with lock:
+        try:
+            return np.load(target, mmap_mode="r")
+        except (FileNotFoundError, NotADirectoryError, EOFError, ValueError):  # none, or damaged
+            write_squares(listing.paths, side, target)
     return np.load(target, mmap_mode="r")
 
 

@@ -38,6 +38,7 @@ import inspect
 import io
 import itertools
 import json
+import logging
 import math
 import os
 import platform
@@ -643,7 +644,9 @@ def load_data(cfg: Config, split: str) -> Images | None:
             return None
         for line in found.told:
             say(line)
-        pixels = images.decode(found, stored_side(cfg.image_size), Path(cfg.decoded_dir), claim)
+        pixels = images.decode(
+            found, stored_side(cfg.image_size), Path(cfg.decoded_dir), claim=claim
+        )
     except ValueError as error:
         raise UsageError(f"--dataset {cfg.dataset}: {error}") from None
     return Images(pixels, found.labels, found.classes, found.names)
@@ -918,7 +921,7 @@ def run_epochs(cfg: Config, build, train_set, test_set, bank, device) -> nn.Modu
             )
     model = compiled(raw, cfg, dtype, last - step)
     if world > 1:
-        model = nn.parallel.DistributedDataParallel(raw, broadcast_buffers=False)
+        model = nn.parallel.DistributedDataParallel(raw)
 
     order = epoch_order(len(images), cfg, step // steps)[:, rank() :: world]
     loss_sum, counted = torch.zeros((), device=device), 0  # since the last log line
@@ -1046,6 +1049,7 @@ def compiled(model: nn.Module, cfg: Config, dtype: torch.dtype, steps: int) -> n
     if cfg.compile == "on" or (cfg.compile == "auto" and pays):
         say("compiling at the first step; where the compiler fails, the run goes on without it")
         torch._dynamo.config.suppress_errors = True
+        torch._logging.set_logs(dynamo=logging.ERROR)  # else its warnings are 90 lines
         model.compile(dynamic=False)
     return model
 
