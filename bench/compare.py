@@ -1,31 +1,29 @@
-"""SACL among ten other systems: one encoder, one loop, equal images seen, and again equal time.
+"""SACL among ten other systems: one encoder, one loop, the same images seen, and the same time.
 
-    python related/compare.py --dataset cifar100 --scale cpu --cost     what it will take
-    python related/compare.py --dataset cifar100 --scale cpu            train and evaluate all
-    python related/compare.py --dataset cifar100 --scale cpu --table    the results, as markdown
+    python bench/compare.py --dataset cifar100           train and evaluate all that has no line yet
+    python bench/compare.py --dataset cifar100 --table   print the results as markdown
 
 The eleven are SACL, SACL without textures (fast-moco: Fast-MoCo with SE and SACL's recipe; its own
 tau is 1.0), the five baselines of Table 3, the three related methods, and HARL again in its InfoNCE
 form: the same kind of loss as SACL's, with parts of a view pooled by a mask where SACL combines
-cells. All have the same encoder, views, batch, schedule and heads, PIRL's heads excepted. What
-SYSTEMS names was fixed before any run, from each method's sources where they say it for CIFAR;
-nothing was tuned and nothing is chosen on the test set. So a difference between two rows is one of
+cells. All have the same encoder, views, batch and schedule, and all but PIRL the same heads.
+SYSTEMS was fixed before any run, from each method's sources where they give settings for CIFAR;
+nothing was tuned, and nothing is chosen on the test set. So a difference between two rows is one of
 methods and recipes together.
 
-A finished run is one line of the results' file and is not done again; an unfinished one goes on
-from its folder. Runs may share the file and proceed side by side (--methods simclr,byol).
+Each run uses one CPU thread. The same command may be started once for each core; bench/runs.py sees
+to it that no run is done twice and that an interrupted one resumes.
 
-Equal time: the kNN of every system at the moment when the quickest one ends its schedule, read off
-the monitor's curve. The axis is steps times the cost of a step, which --cost measures for all
-systems in turns: process CPU seconds on a CPU, for wall time on a shared machine says more about
-the neighbours, and seconds on a GPU, without the compiler. The slower systems are read in the
-middle of their schedule, with the learning rate still high: a schedule made for that time would
-probably give more. Not in a step's cost: SACL's textures, made every 20 epochs (a minute of one CPU
-core for 50,000 images), and HARL's masks, made once.
+Equal time: the kNN of each system when it has used as much time as the quickest one needs for its
+whole schedule, read off the monitor's curve. The slower systems are then in the middle of their
+schedule, at a high learning rate; a schedule made for that time would probably give more. Time is
+CPU seconds of training with its monitor, SACL's textures and HARL's masks, since wall time on a
+shared machine mostly measures its other users. Runs on a GPU have no such figure, nor have runs
+that were interrupted.
 
-BatchNorm's running statistics, with which encoders are evaluated, are what each method's passes
-make them: of SACL's and fast-moco's online encoder those of cells alone, of PIRL's half and half,
-of the others those of whole views.
+Encoders are evaluated with the running statistics that training leaves in BatchNorm: in SACL's and
+fast-moco's online encoder those of cells alone, in PIRL's half and half, in the others those of
+whole views.
 """
 
 import dataclasses
@@ -34,31 +32,28 @@ import hashlib
 import itertools
 import json
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean
 from typing import Literal, NamedTuple
 
-if not __package__:  # python related/compare.py: imports are looked for in related/ only
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+import numpy as np
 import torch
-from torch import Tensor
+from torch import nn
 
-import eval_linear
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import sacl
+from bench import runs
 from bench.plot import count_of, mean_std, rows_of
 from related.baselines import BYOL, PIRL, MoCoV2, SimCLR, SimSiam
 from related.harl import HARL, make_masks
 from related.mining import PotentialSamples
 from related.multi_network import MultiNetwork
-from sacl import SACL, Config, Images, UsageError
+from sacl import SACL, Config, UsageError
 
 
 class System(NamedTuple):
-    """A model, its settings of sacl.Config, its own, and what they follow."""
+    """A model, its settings of sacl.Config, and the options of its own."""
 
     model: type
     settings: dict
@@ -78,7 +73,7 @@ SYSTEMS = {
     "simclr": System(SimCLR, recipe(0.06, 5e-4, tau=0.5), {}),  # lightly
     "mocov2": System(  # lightly; tau, groups: MoCo's CIFAR notebook
         MoCoV2,
-        recipe(0.06, 5e-4, tau=0.1, compile="off"),  # its 16 passes make a graph of many minutes
+        recipe(0.06, 5e-4, tau=0.1, compile="off"),  # compiling its 16 passes takes many minutes
         dict(queue=4096, bn_groups=8),
     ),
     "byol": System(BYOL, recipe(0.06, 5e-4), {}),  # lightly
@@ -92,7 +87,7 @@ SYSTEMS = {
         dict(queue=4096, neighbours=5, weighting="both", keep=512, offset=0.0, lam=1.0, ramp=0.1),
     ),
     "multi-network": System(  # 003, but for clipped gradients and the predictor's constant lr
-        MultiNetwork, recipe(0.05, 1e-4, tau=1.0), dict(a=6.0, bank=16384, as_shipped=False)
+        MultiNetwork, recipe(0.05, 1e-4, tau=1.0), dict(a=6.0, queue=16384, as_shipped=False)
     ),
     "harl": System(  # its alpha; ours: recipe as BYOL's
         HARL, recipe(0.06, 5e-4), dict(objective="byol", alpha=0.5, beta=0.5)
@@ -102,51 +97,10 @@ SYSTEMS = {
     ),
 }
 SCALES = {
-    "cpu": dict(
-        **dict(arch="resnet18", width=16, dim=256, image_size=32),
-        **dict(batch_size=128, epochs=10, knn_every=2),
-    ),
+    "cpu": dict(arch="resnet18", width=16, dim=256, image_size=32, batch_size=128, epochs=10,
+                knn_every=2),
     "gpu": dict(knn_every=10),  # the rest is the paper's
-}
-PROBES = {"cpu": dict(probe="lbfgs"), "gpu": dict(probe="lars")}
-
-# Linear top-1 unless said, from other encoders, sizes, epochs and recipes: anchors, never to be
-# mixed with our columns. T3: SACL's Table 3, 200 epochs. 003: README of liweiquan39/MNCLGLF,
-# ResNet-18, 224 px, by its configs 200 epochs (SimSiam's: 100). solo: solo-learn, ResNet-18, 1000
-# epochs. lightly: its documentation, kNN, ResNet-18, 200 epochs. abstract: that method's own, top-1
-# by a protocol that it does not give.
-PUBLISHED = {
-    "cifar100": {
-        "sacl": "58.90 (T3)",
-        "fast-moco": "61.39 (003)",
-        "simclr": "21.26 (T3), 59.20 (003), 65.78 (solo)",
-        "mocov2": "53.44 (T3), 50.49 (003), 69.89 (solo, v2+)",
-        "byol": "58.28 (T3), 57.12 (003), 70.46 (solo)",
-        "simsiam": "49.21 (T3), 48.19 (003), 66.04 (solo)",
-        "pirl": "31.55 (T3)",
-        "mining": "61.10 (abstract)",
-        "multi-network": "65.20 (003)",
-    },
-    "cifar10": {
-        "sacl": "83.74 (T3)",
-        "fast-moco": "85.93 (003)",
-        "simclr": "52.58 (T3), 87.11 (003), 90.74 (solo), kNN 84.7 (lightly)",
-        "mocov2": "82.35 (T3), 84.03 (003), 92.94 (solo, v2+), kNN 83.8 (lightly)",
-        "byol": "80.14 (T3), 85.58 (003), 92.58 (solo), kNN 86.9 (lightly)",
-        "simsiam": "75.58 (T3), 84.16 (003), 90.51 (solo), kNN 81.9 (lightly)",
-        "pirl": "55.78 (T3)",
-        "mining": "88.57 (abstract)",
-        "multi-network": "90.18 (003)",
-    },
-    "stl10": {
-        "sacl": "84.90 (T3)",
-        "simclr": "44.50 (T3)",
-        "mocov2": "81.25 (T3)",
-        "byol": "84.88 (T3)",
-        "simsiam": "71.78 (T3)",
-        "pirl": "50.26 (T3)",
-    },
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,14 +110,12 @@ class CompareConfig:
     dataset: str = "cifar100"  # as in sacl.py
     data_dir: str = "data"  # as in sacl.py
     scale: Literal["cpu", "gpu"] = "cpu"  # cpu: a small encoder, ten epochs; gpu: the paper's
-    methods: str = ",".join(SYSTEMS)  # which systems, with commas between
+    methods: str = ",".join(SYSTEMS)  # which systems, separated by commas
     seeds: int = 1  # runs of each, with seeds 0, 1, ...
     epochs: int = 0  # 0: the scale's
-    texture_bank: str = ""  # as in sacl.py; for SACL on images of more than 96 px
+    texture_bank: str = ""  # as in sacl.py
     results: str = "results/compare.jsonl"  # file of finished runs, one a line
     runs: str = "runs/compare"  # folder of the runs
-    max_hours: float = 0  # stop, resumable, after so many hours from now; 0: no limit
-    cost: bool = False  # measure the cost of a step, print what the runs will take, and stop
     table: bool = False  # print the table of finished runs, and stop
 
     @property
@@ -174,212 +126,45 @@ class CompareConfig:
         for name in self.names:
             if name not in SYSTEMS:
                 raise UsageError(f"--methods {name}: must be of {', '.join(SYSTEMS)}")
-        for flag, least in (("seeds", 1), ("epochs", 0)):
-            if getattr(self, flag) < least:
-                raise UsageError(f"--{flag} {getattr(self, flag)}: must be at least {least}")
-
-
-def main(argv: list[str] | None = None) -> None:
-    try:
-        cfg = sacl.parse_config(argv, CompareConfig)
-        if cfg.table:
-            print(table(cfg, sacl.read_log(Path(cfg.results))))
-        elif cfg.cost:
-            append(cfg, measure_costs(cfg))
-        else:
-            compare(cfg)
-    except UsageError as error:
-        print(f"compare.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except FloatingPointError as error:
-        print(f"compare.py: {error}", file=sys.stderr)
-        sys.exit(1)
+        sacl.check_limits(self, dict(seeds=(1, 10**6), epochs=(0, 10**6)))
 
 
 # ------------------------------------------------------------ runs
 
 
 def compare(cfg: CompareConfig) -> None:
-    """Train and evaluate every system, seed by seed, that the results' file does not have."""
-    began, lines, diverged = time.perf_counter(), sacl.read_log(Path(cfg.results)), []
-    if not known_costs(cfg, lines, cfg.names):
-        append(cfg, measure_costs(cfg))
+    """Train and evaluate every system, seed by seed, that the file of results does not have."""
+    torch.set_num_threads(1)
+    _, first = run_config(cfg, cfg.names[0], 0)
+    if not sacl.monitored(first, *(sacl.load_data(first, split) for split in ("train", "test"))):
+        raise UsageError(f"--dataset {cfg.dataset}: a comparison needs labels and test images")
     for seed, name in itertools.product(range(cfg.seeds), cfg.names):
-        key, run = run_config(cfg, name, seed)
-        if key in {line.get("run") for line in lines}:
-            print(f"{key}: in {cfg.results}; with other --results it is run again", flush=True)
-            continue
-        if cfg.max_hours:
-            left = cfg.max_hours - (time.perf_counter() - began) / 3600
-            run = dataclasses.replace(run, max_hours=max(left, 1e-9))  # 0 would be no limit
-        print(f"\n{key}", flush=True)
+        label, config = run_config(cfg, name, seed)
         torch.compiler.reset()  # else each system counts as one more variant of the same code
-        try:
-            sacl.train(run, builder(name, cfg, run))
-        except FloatingPointError as error:  # the other systems do not wait for a better lr
-            diverged.append(key)
-            append(cfg, {"run": key, "method": name, "seed": seed, "error": str(error)})
-            print(f"compare.py: {error}", file=sys.stderr, flush=True)
-            continue
-        log = sacl.read_log(Path(run.output_dir, "log.jsonl"))
-        ends = [line for line in log if "epoch_loss" in line]  # of epochs
-        if not ends or ends[-1]["epoch"] < run.epochs:
-            print("stopped by --max-hours; the same command goes on", flush=True)
-            return
-        facts = {"run": key, "method": name, "seed": seed, "own": SYSTEMS[name].own}
-        facts |= {"seconds": ends[-1]["seconds"]}  # on the wall, with the monitor
-        append(cfg, facts | evaluate(cfg, run, log))
-    if diverged:
-        raise FloatingPointError(f"not finished, the loss was not finite: {', '.join(diverged)}")
+        build = functools.partial(build_system, name)
+        runs.run(label, config, Path(cfg.results), build, method=name, own=SYSTEMS[name].own)
 
 
 def run_config(cfg: CompareConfig, name: str, seed: int) -> tuple[str, Config]:
-    """A run's name, which tells its settings from all others', and the settings."""
+    """A run's label, which other settings would change, and its settings."""
     system = SYSTEMS[name]
-    given = {"dataset": cfg.dataset} | SCALES[cfg.scale] | system.settings
-    given |= {"epochs": cfg.epochs} if cfg.epochs else {}
-    learned = {k: v for k, v in given.items() if k not in sacl.Run.FREE}
-    text = json.dumps([learned, system.own], sort_keys=True)
-    digest = hashlib.sha256(text.encode()).hexdigest()[:6]
-    epochs = Config(**given).epochs
-    key = f"{Path(cfg.dataset).name}-{cfg.scale}-{epochs}/{name}-{digest}-{seed}"
-    where = dict(data_dir=cfg.data_dir, output_dir=str(Path(cfg.runs, key)))
-    return key, Config(**given, **where, seed=seed, texture_bank=cfg.texture_bank)
+    given = SCALES[cfg.scale] | system.settings | ({"epochs": cfg.epochs} if cfg.epochs else {})
+    digest = hashlib.sha256(json.dumps([given, system.own], sort_keys=True).encode()).hexdigest()
+    given |= dict(dataset=cfg.dataset, data_dir=cfg.data_dir, texture_bank=cfg.texture_bank)
+    config = Config(**given, seed=seed)
+    label = f"{Path(cfg.dataset).name}-{cfg.scale}-{config.epochs}/{name}-{digest[:6]}"
+    return label, dataclasses.replace(config, output_dir=str(Path(cfg.runs, f"{label}-{seed}")))
 
 
-def builder(
-    name: str, cfg: CompareConfig, run: Config, data: Images | None = None
-) -> Callable[[Config], torch.nn.Module]:
-    """What sacl.train builds the system with; `data` are the training images, else loaded."""
-    system, cache = SYSTEMS[name], None
+def build_system(name: str, config: Config) -> nn.Module:
+    """The system, for the training images that its settings name."""
+    system = SYSTEMS[name]
     if system.model is SACL:
-        return SACL
-    if data is None:
-        data = sacl.load_data(run, "train")
-        cache = Path(cfg.runs, f"masks-{Path(cfg.dataset).name}-{run.image_size}.pth")
+        return SACL(config)
+    data = sacl.load_data(config, "train")
     if system.model is HARL:
-        return functools.partial(HARL, masks=make_masks(data, cache, run.workers), **system.own)
-    return functools.partial(system.model, images=len(data), **system.own)
-
-
-def evaluate(cfg: CompareConfig, run: Config, log: list[dict]) -> dict:
-    """The figures of a finished run: kNN from its log, linear from its encoders."""
-    shown = ("step", "knn", "knn_target")
-    curve = [{k: line[k] for k in shown if k in line} for line in log if "knn" in line]
-    if not curve:
-        raise UsageError(f"--dataset {cfg.dataset}: a comparison needs labels and a test set")
-    linear = {}
-    for kind in ("online", "target") if "knn_target" in curve[-1] else ("online",):
-        probe = eval_linear.ProbeConfig(
-            source=run.output_dir, data_dir=cfg.data_dir, encoder=kind, **PROBES[cfg.scale]
-        )
-        result = eval_linear.evaluate(probe)
-        kept = ("top1", "top5", "held_out_top1", "l2", "lr", "test_images")
-        linear[kind] = {k: result[k] for k in kept if k in result}
-    return {
-        **dict(images=log[0]["images"], curve=curve, linear=linear, **PROBES[cfg.scale]),
-        "settings": log[0]["settings"],
-        "machine": log[0]["machine"],
-        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
-    }
-
-
-def append(cfg: CompareConfig, line: dict) -> None:
-    """Add a line to the results' file."""
-    path = Path(cfg.results)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a") as f:
-            f.write(json.dumps(line) + "\n")
-    except OSError as error:
-        raise UsageError(f"--results {path} cannot be written: {error.strerror}") from None
-
-
-# ------------------------------------------------------------ the cost of a step
-
-
-def measure_costs(cfg: CompareConfig, rounds: int = 7) -> dict:
-    """Seconds of a step of each system, all of them in turns; prints what the runs will take."""
-    device, _, _ = sacl.setup()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # of many, process seconds would count the waiting
-    runs = {name: run_config(cfg, name, 0)[1] for name in cfg.names}
-    first = runs[cfg.names[0]]
-    steps = sacl.check_data(first, sacl.load_data(first, "train"), 1)
-    x = torch.randint(256, (first.batch_size, 3, first.image_size, first.image_size)).byte()
-    data = Images(x, torch.full((len(x),), -1), [])
-    jobs = {name: step(builder(name, cfg, run, data), run, x, device) for name, run in runs.items()}
-    times = {name: [] for name in jobs}
-    for turn in range(rounds + 2):  # two to warm up
-        for name, job in jobs.items():
-            seconds = clocked(job, device)
-            if turn > 1:
-                times[name].append(seconds)
-    torch.set_num_threads(threads)
-    costs = {name: round(median(t), 5) for name, t in times.items()}
-    unit = "fast-moco" if "fast-moco" in costs else min(costs, key=costs.get)
-    for name, seconds in costs.items():
-        hours = seconds * steps * first.epochs / 3600
-        print(
-            f"{name:14s} {seconds:8.4f} s a step, {seconds / costs[unit]:5.2f} of {unit}'s, "
-            f"{hours:6.2f} h a run of {first.epochs} epochs of {steps} steps",
-            flush=True,
-        )
-    print(f"{'all':14s} {sum(costs.values()) * steps * first.epochs / 3600:.2f} h a seed, and the "
-          "monitor, the probe, textures and masks", flush=True)  # fmt: skip
-    return {
-        "cost": costs,
-        "least and most": {name: [round(min(t), 5), round(max(t), 5)] for name, t in times.items()},
-        "clock": "wall" if device.type == "cuda" else "process CPU",
-        "of": cost_key(cfg),
-        "machine": sacl.describe_machine(device, sacl.precision(first, device)),
-        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
-    }
-
-
-def step(build: Callable, run: Config, x: Tensor, device: torch.device) -> Callable[[], None]:
-    """A training step of sacl.train on the images x, to be called again and again."""
-    torch.manual_seed(0)
-    model = build(run).to(device, memory_format=torch.channels_last)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trained, run.lr, run.sgd_momentum, fused=True)
-    x, index = x.to(device), torch.arange(len(x), device=device)
-
-    def job() -> None:
-        views = model.views(x, None if run.texture == "none" else x, index)
-        with sacl.autocast(device, sacl.precision(run, device)):
-            loss = model(*views)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        model.update_target(run.m)
-
-    return job
-
-
-def clocked(job: Callable[[], None], device: torch.device) -> float:
-    """The seconds of a call: the process's own on a CPU, those on the wall with a GPU."""
-    if device.type != "cuda":
-        began = time.process_time()
-        job()
-        return time.process_time() - began
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    job()
-    torch.cuda.synchronize()
-    return time.perf_counter() - began
-
-
-def cost_key(cfg: CompareConfig) -> str:
-    return f"{Path(cfg.dataset).name}-{cfg.scale}"
-
-
-def known_costs(cfg: CompareConfig, lines: list[dict], names) -> dict[str, float]:
-    """The cost of a step of each system, of the latest measurement of all these in turns."""
-    for line in reversed(lines):
-        if line.get("of") == cost_key(cfg) and set(names) <= set(line["cost"]):
-            return line["cost"]
-    return {}
+        return HARL(config, make_masks(data), **system.own)
+    return system.model(config, len(data.pixels), **system.own)
 
 
 # ------------------------------------------------------------ the table
@@ -387,88 +172,85 @@ def known_costs(cfg: CompareConfig, lines: list[dict], names) -> dict[str, float
 
 def table(cfg: CompareConfig, lines: list[dict]) -> str:
     """Markdown of the finished runs of this dataset, scale and length, best linear top-1 first."""
-    ended = {name: ended_runs(cfg, name, lines) for name in cfg.names}
-    runs = {name: [run for run in ended[name] if "error" not in run] for name in cfg.names}
-    if not any(runs.values()):
+    recorded = {name: recorded_runs(cfg, name, lines) for name in cfg.names}
+    ended = {name: [x for x in found if "error" not in x] for name, found in recorded.items()}
+    if not any(ended.values()):
         raise UsageError(
             f"--results {cfg.results} has no finished run of --dataset {cfg.dataset} at --scale "
             f"{cfg.scale}: run the same command without --table"
         )
-    shown = [name for name, found in runs.items() if found]
-    costs = {name: c for name, c in known_costs(cfg, lines, shown).items() if name in shown}
-    time_of = {name: c * runs[name][0]["curve"][-1]["step"] for name, c in costs.items()}
-    quickest = min(time_of, key=time_of.get, default="")
-    heads = ["linear, top-1 / top-5", "kNN", "kNN at equal time"]
-    rows = [["system", *heads, "n", "lr, wd, tau", "cost", "seconds", "published"]]
-    targets = [["system", *heads]]
-    for name, found in sorted(runs.items(), key=lambda item: -top1(item[1])):
-        count = count_of(ended[name])
-        if not found:
-            rows += [[name, "", "", "", count, "", "", "", ""]] if ended[name] else []
-            continue
-        at = time_of[quickest] / costs[name] if costs else -1  # in steps
-        used = found[0]["settings"]
-        own = (k for k in ("lr", "weight_decay", "tau") if k in SYSTEMS[name].settings)
-        more = [count, ", ".join(f"{used[k]:g}" for k in own)]
-        more.append(f"{costs[name] / costs['fast-moco']:.2f}" if "fast-moco" in costs else "")
-        more.append(f"{mean(run['seconds'] for run in found):.0f}")
-        more.append(PUBLISHED.get(Path(cfg.dataset).name, {}).get(name, ""))
-        rows.append([name, *figures(found, "online", at), *more])
-        if "target" in found[0]["linear"]:
-            targets.append([name, *figures(found, "target", at)])
-    one = next(found for found in runs.values() if found)[0]
-    machines = [run["machine"] for found in runs.values() for run in found]
-    machines = dict.fromkeys(f"{m.get('cpu', '')} {m['device']}".strip() for m in machines)
-    timed = (
-        f"Equal time: when {quickest} ends its schedule; the others are in the middle of theirs, "
-        "at a high learning rate, and a schedule made for that time would probably give more. "
-        "Cost: of a step, not compiled, in fast-moco's."
-        if costs
-        else "The costs of these systems were not measured together: --cost does it."
+    costs = {name: cost for name, found in ended.items() if (cost := cpu_seconds(found))}
+    quickest = min(costs, key=costs.get, default=None)
+    heads = ["linear, top-1 / top-5", "kNN", "kNN at equal time", "kNN, target"]
+    rows = [["system", *heads, "n", "lr, wd, tau", "cost"]]
+    for name in sorted(filter(recorded.get, cfg.names), key=lambda name: -top1(ended[name])):
+        found, (_, config) = ended[name], run_config(cfg, name, 0)
+        linear = (mean_std(x[k] for x in found) for k in ("top1", "top5"))
+        at = costs[quickest] / costs[name] * config.epochs if name in costs else 0
+        used = (k for k in ("lr", "weight_decay", "tau") if k in SYSTEMS[name].settings)
+        cost = costs[name] / costs["fast-moco"] if {name, "fast-moco"} <= costs.keys() else None
+        rows.append([
+            name,
+            " / ".join(linear) if found else "",
+            mean_std(x["knn"] for x in found),
+            mean_std(knn_at(x, config, at) for x in found),
+            mean_std(x.get("knn_target") for x in found),
+            count_of(recorded[name]),
+            ", ".join(f"{getattr(config, k):g}" for k in used),
+            mean_std([cost]),
+        ])  # fmt: skip
+    machines = [x["machine"] for found in ended.values() for x in found]
+    machines = dict.fromkeys(f"{x.get('cpu', x['device'])} in {x['precision']}" for x in machines)
+    timed = f"as much as {quickest} needs; the others are then in the middle of their schedule"
+    caption = (
+        f"{cfg.dataset}, {config.epochs} epochs, {config.arch} of width {config.width}, "
+        f"{', '.join(machines)}. The online encoder unless it says target; linear: L-BFGS. Equal "
+        f"time: {timed if quickest else 'not known'}. lr, wd, tau: from the source where it gives "
+        "them for CIFAR, fixed before any run, none tuned. Cost: CPU seconds, in fast-moco's. "
+        "Figures that others published: related/README.md."
     )
-    about = (
-        f"{cfg.dataset}, {one['images']} images, {one['settings']['epochs']} epochs, "
-        f"{one['settings']['arch']} of width {one['settings']['width']}, probe {one['probe']}, "
-        f"{', '.join(machines)}. The online encoder. lr, wd, tau: of the source where it has them "
-        f"for CIFAR, fixed before any run, none tuned. {timed} Seconds: wall time with the monitor "
-        "and SACL's textures. Published: other recipes, named at PUBLISHED in related/compare.py."
-    )
-    parts = [rows_of(rows), about]
-    if len(targets) > 1:
-        parts += ["The target encoder of the same runs:", rows_of(targets)]
-    return "\n\n".join(parts)
+    return f"{rows_of(rows)}\n\n{caption}"
 
 
-def top1(runs: list[dict]) -> float:
-    return mean(run["linear"]["online"]["top1"] for run in runs) if runs else 0
+def recorded_runs(cfg: CompareConfig, name: str, lines: list[dict]) -> list[dict]:
+    """The lines of a system with its settings of now, those of diverged runs too."""
+    label, _ = run_config(cfg, name, 0)
+    return [line for line in lines if line.get("label") == label]
 
 
-def figures(runs: list[dict], encoder: str, at: float) -> list[str]:
-    """Linear, kNN at the end and kNN after `at` steps of one system's runs, for the table."""
-    key = {"online": "knn", "target": "knn_target"}[encoder]
-    probes = [run["linear"][encoder] for run in runs]
-    linear = " / ".join(mean_std(probe[k] for probe in probes) for k in ("top1", "top5"))
-    last = mean_std(run["curve"][-1][key] for run in runs)
-    return [linear, last, mean_std(knn_at(runs, at, key))]
+def top1(ended: list[dict]) -> float:
+    return mean(x["top1"] for x in ended) if ended else 0
 
 
-def ended_runs(cfg: CompareConfig, name: str, lines: list[dict]) -> list[dict]:
-    """The results of a system with the settings that it has now, one for each seed."""
-    mine = {line["seed"]: line for line in lines if line.get("method") == name
-            and line["run"] == run_config(cfg, name, line["seed"])[0]}  # fmt: skip
-    return [mine[seed] for seed in sorted(mine)]
+def cpu_seconds(ended: list[dict]) -> float | None:
+    """Mean CPU seconds of training over the runs that have them; None where none has."""
+    on_cpu = [x for x in ended if x["machine"]["device"].startswith("CPU")]
+    known = [x["cpu_seconds"]["train"] for x in on_cpu if x["cpu_seconds"]["train"]]
+    return mean(known) if known else None
 
 
-def knn_at(runs: list[dict], at: float, key: str) -> list[float]:
-    """Each run's figure after `at` steps, on a straight line between those of the monitor."""
-    figures = []
-    for run in runs:
-        points = [(p["step"], p[key]) for p in run["curve"] if key in p]
-        for (a, first), (b, second) in itertools.pairwise(points):
-            if a <= at <= b or at > b == points[-1][0]:  # rounding may place its own end behind it
-                figures.append(first + (second - first) * (min(at, b) - a) / (b - a))
-                break
-    return figures
+def knn_curve(line: dict, config: Config) -> list[tuple[int, float]]:
+    """(epoch, kNN accuracy) of a run wherever its monitor looked."""
+    ends = range(config.knn_every, config.epochs + config.knn_every, config.knn_every)
+    return [(min(end, config.epochs), y) for end, y in zip(ends, line["knn_curve"], strict=True)]
+
+
+def knn_at(line: dict, config: Config, epoch: float) -> float | None:
+    """A run's figure after so many epochs, on a straight line between those of the monitor."""
+    epochs, figures = zip(*knn_curve(line, config), strict=True)
+    return float(np.interp(epoch, epochs, figures)) if epoch >= epochs[0] else None
+
+
+def main(argv: list[str] | None = None) -> None:
+    given = sacl.parse(CompareConfig, argv)
+    sacl.command("compare.py", lambda: run(CompareConfig(**given)))
+
+
+def run(cfg: CompareConfig) -> None:
+    if cfg.table:
+        print(table(cfg, sacl.read_log(Path(cfg.results))))
+    else:
+        compare(cfg)
 
 
 if __name__ == "__main__":
