@@ -1,16 +1,14 @@
 """HARL: heuristic attention representation learning (the project's source document 004).
 
 V. N. Tran, S.-H. Liu, Y.-H. Li, J.-C. Wang: "Heuristic Attention Representation Learning for
-Self-Supervised Pretraining", Sensors 22(14):5169, 2022. Read were its abstract, the READMEs and the
+Self-Supervised Pretraining", Sensors 22(14):5169, 2022. We read the abstract, the READMEs and the
 authors' code, TranNhiem/Heuristic_Attention_Represenation_Learning_SSL_Pytorch (PT) and its
-TensorFlow twin (TF); the paper's body was not.
+TensorFlow twin (TF), not the paper's body.
 
     x -> x1, x2, m1, m2      two views; the same crops and flips of the image's mask
     h = maps(x)              feature maps                                          (N, C, h, w)
     whole, fg, bg            their means over everything, object, surroundings     (3, N, C)
     L = beta L_whole + (1 - beta) (alpha L_fg + (1 - alpha) L_bg), each as in BYOL
-
-    python -m related.harl --dataset cifar100 --out masks.png             the masks, drawn
 
 Sourced, [S: PT harl/methods/mncrl.py, TF] unless said
     One mask per image, made offline, pooled at the size of the feature maps; one projector and
@@ -18,27 +16,25 @@ Sourced, [S: PT harl/methods/mncrl.py, TF] unless said
     within foregrounds and within backgrounds [S: TF binary_mask_nt_xent]. The original masks are
     DRFI's (a random forest, Matlab) or a saliency network's, which is not in its repository.
 Our reading
-    Masks without weights, below: centre prior x (contrast with the image's border + half the
-    spectral residual, Hou & Zhang 2007), a threshold of Otsu's kind, area 20 to 65 %. On a CIFAR
-    stem the maps are 4 x 4, where "resize, then > 0" makes nearly every cell foreground: a cell
-    weighs as much as it is covered (there: 0 or 1, and sums divided by the area + 1). A stream of
-    less than 5 % of the crop becomes the whole crop's (there: crops redrawn, up to 5 times, until
-    20 %). beta 0.5 throughout; 1 - cos, both ways' mean (there: 2 - 2 cos, summed, four times the
-    gradient); m constant (there: from 0.99 to 1), SGD (there: LARS), SACL's heads (there: a
-    predictor of 256, 4096, 256); no vertical flips; the InfoNCE form keeps SACL's keys and
-    temperature, and a whole stream.
+    Our masks need no weights: a centre prior times (contrast with the image's border + half the
+    spectral residual, Hou & Zhang 2007), a threshold of Otsu's kind, area 20 to 65 %. Behind a
+    CIFAR stem the maps are 4 x 4, where "resize, then > 0" would make nearly every cell foreground;
+    here a cell weighs as much as the mask covers it (there: 0 or 1, and sums divided by the
+    area + 1). A stream of less than 5 % of the crop is replaced by the whole crop's (there: crops
+    redrawn, up to 5 times, until 20 %). beta is 0.5 throughout; 1 - cos, mean of both ways (there:
+    2 - 2 cos, summed, four times the gradient); m constant (there: from 0.99 to 1); SGD (there:
+    LARS); SACL's heads (there: a predictor of 256, 4096, 256); no vertical flips. The InfoNCE form
+    keeps SACL's keys and temperature, and a whole stream.
 """
 
 import math
-import sys
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import sacl
-from related.baselines import SheetConfig, TwoNetworks, cosine, pick, sheet
+from related.baselines import TwoNetworks, cosine
 from sacl import Config, Images, UsageError, info_nce
 
 OBJECTIVES = ("byol", "nce")
@@ -51,26 +47,19 @@ class HARL(TwoNetworks):
     objective: one of OBJECTIVES; alpha: the foreground's first share, beta: the whole view's.
     """
 
-    def __init__(
-        self,
-        cfg: Config,
-        masks: Tensor,
-        objective: str = "byol",
-        alpha: float = 0.5,
-        beta: float = 0.5,
-    ):
+    def __init__(self, cfg: Config, masks: Tensor, objective="byol", alpha=0.5, beta=0.5):
         super().__init__(cfg, len(masks))
         if objective not in OBJECTIVES:
-            raise UsageError(f"--objective {objective}: must be one of {', '.join(OBJECTIVES)}")
+            raise UsageError(f"objective {objective}: must be one of {', '.join(OBJECTIVES)}")
         self.objective, self.first_alpha, self.beta = objective, alpha, beta
         self.register_buffer("masks", masks, persistent=False)  # like the images, no state
 
     def views(self, x: Tensor, texture: None, index: Tensor) -> tuple[Tensor, ...]:
         """Two views (N, 3, H, W) and their parts of the mask (N, 1, H, W)."""
         size, masks = self.cfg.image_size, self.masks[index].float()[:, None]  # (N, 1, w, w)
-        draws = [sacl.draw_view(len(x), self.cfg, x.device) for _ in range(2)]
-        views = (sacl.augment(x, draw, size) for draw in draws)
-        return *views, *(crop_mask(masks, draw["crop"], size) for draw in draws)
+        params = [sacl.sample_view(len(x), self.cfg, x.device) for _ in range(2)]
+        views = (sacl.augment(x, view, size) for view in params)
+        return *views, *(crop_mask(masks, view["crop"], size) for view in params)
 
     def forward(self, x1: Tensor, x2: Tensor, m1: Tensor, m2: Tensor) -> Tensor:
         p1, p2 = self.streams(x1, m1), self.streams(x2, m2)
@@ -126,19 +115,11 @@ def pool(maps: Tensor, mask: Tensor) -> Tensor:
 # ------------------------------------------------------------ masks
 
 
-def make_masks(data: Images, cache: Path | None = None, workers: int = 0) -> Tensor:
-    """The masks (L, w, w), bool, of all images; kept in the file `cache`, and read from it."""
-    some = heuristic_masks(data.pixels[:64])
-    if cache and cache.exists():
-        masks = torch.load(cache, weights_only=True)
-        if len(masks) == len(data) and torch.equal(masks[: len(some)], some.cpu()):
-            return masks
-    batches = torch.arange(len(data)).split(500)
-    pixels = sacl.fetch(data.pixels, batches, workers, torch.device("cpu"))
-    masks = torch.cat([heuristic_masks(x) for _, x in pixels])
-    if cache:
-        sacl.write(cache, sacl.serialize(masks))
-    return masks
+def make_masks(data: Images) -> Tensor:
+    """The masks (L, w, w), bool, of all images; half a millisecond each at 32 px."""
+    batches = torch.arange(len(data.pixels)).split(500)
+    pixels = (sacl.take(data.pixels, index, torch.device("cpu")) for index in batches)
+    return torch.cat([heuristic_masks(x) for x in pixels])
 
 
 def heuristic_masks(
@@ -229,29 +210,3 @@ def rescale(s: Tensor) -> Tensor:
     """Each image's values (N, w, w) stretched to [0, 1]; 0 where they are all the same."""
     low, high = s.amin((1, 2), keepdim=True), s.amax((1, 2), keepdim=True)
     return (s - low) / (high - low + 1e-8)
-
-
-# ------------------------------------------------------------ a picture of the masks
-
-
-def draw_masks(cfg: SheetConfig) -> None:
-    """Images, what stands out in them, the masks and what they leave of the images."""
-    x = pick(cfg)
-    pictures = x.float() / 255
-    rows = {"image": pictures, "saliency": saliency(x)[:, None]}
-    rows["mask"] = heuristic_masks(x)[:, None].float()
-    shown = F.interpolate(rows["mask"], size=pictures.shape[-2:])
-    rows["foreground"] = pictures * shown + (1 - shown)
-    sheet(rows, cfg.out)
-
-
-def main(argv: list[str] | None = None) -> None:
-    try:
-        draw_masks(sacl.parse_config(argv, SheetConfig))
-    except UsageError as error:
-        print(f"harl.py: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,61 +1,50 @@
 """Mining of potential samples (the project's source document 002), as far as it is known.
 
 H. Dong, X. Long, Y. Li: "Rethinking Samples Selection for Contrastive Learning: Mining of Potential
-Samples", arXiv 2311.00358, Knowledge-Based Systems. Only the abstract could be read; there is no
-code. What follows is a concrete algorithm in its spirit, not the authors'.
+Samples", arXiv 2311.00358, Knowledge-Based Systems. We could read only the abstract, and there is
+no code. This is a concrete algorithm in its spirit, not the authors'.
 
 Sourced, [S: abstract]
     Positives are augmented views and mined views, weighted and combined by "both soft and hard
-    weighting strategies". Of the negatives those are kept that are "neither too hard nor too easy
-    ... close to positive samples", by an argument from gradients.
+    weighting strategies". Negatives are kept that are "neither too hard nor too easy ... close to
+    positive samples"; an analysis of gradients motivates it.
 Our reading
     Everything concrete. Mined positives are the 5 nearest of a queue of 4096 EMA keys to the
-    anchor's own key; soft weights are a softmax over them, of temperature 0.1, and the hard gate
-    keeps those from the mean on (after SNCLR, which weighs by query and key and keeps those above
-    the mean, [S: snclr/builder_snclr_factor.py]); together they weigh at most as much as the own
-    view (lam 1). Negatives are the 512 whose similarity lies nearest to the positive's, the hard
-    form of SimANS's sampling p ~ exp(-a (s - s+ - b)^2) [S: SimXNS/SimANS/README.md]. The
-    gradient's argument, elementary: dL/dp = (sum_j P_j n_j - (1 - P_+) t) / tau, so a negative far
-    below the positive has no weight P_j, and one far above takes all of it and is likely of the
-    same class. Mined positives come in over the first tenth of the run: a young queue holds noise.
-    Optimiser and views are SACL's.
+    anchor's own key. Soft weights are a softmax over them, of temperature 0.1; the hard gate keeps
+    those that are at least the mean (SNCLR weighs by query and key and keeps those above the mean,
+    [S: snclr/builder_snclr_factor.py]). Together they weigh at most as much as the own view
+    (lam 1). Negatives are the 512 whose similarity is nearest to the positive's, the hard form of
+    SimANS's sampling p ~ exp(-a (s - s+ - b)^2) [S: SimXNS/SimANS/README.md]. The gradient shows
+    why: dL/dp = (sum_j P_j n_j - (1 - P_+) t) / tau, so a negative far below the positive has no
+    weight P_j, and one far above takes all of it and is probably of the same class. Mined positives
+    come in over the first tenth of the run, since a young queue holds noise. Optimiser and views
+    are SACL's.
 """
 
 import torch
 from torch import Tensor
 
 import sacl
-from related.baselines import TwoNetworks, empty_memory, push
+from related.baselines import QueuedKeys
 from sacl import Config, UsageError, unit
 
 WEIGHTINGS = ("soft", "hard", "both")
 
 
-class PotentialSamples(TwoNetworks):
+class PotentialSamples(QueuedKeys):
     """queue: K; neighbours: mined positives an anchor; weighting: one of WEIGHTINGS.
 
     keep: negatives an anchor; offset: how far above the positive's similarity their band lies (b);
-    lam: weight of the mined positives at the end of the ramp, a share of the run.
+    lam: weight of the mined positives after the ramp; ramp: its length, a share of the run.
     """
 
-    def __init__(
-        self,
-        cfg: Config,
-        images: int = 0,
-        queue: int = 4096,
-        neighbours: int = 5,
-        weighting: str = "both",
-        keep: int = 512,
-        offset: float = 0.0,
-        lam: float = 1.0,
-        ramp: float = 0.1,
-    ):
-        super().__init__(cfg, images)
+    def __init__(self, cfg: Config, images: int, queue=4096, neighbours=5, weighting="both",
+                 keep=512, offset=0.0, lam=1.0, ramp=0.1):  # fmt: skip
+        super().__init__(cfg, images, queue)
         if weighting not in WEIGHTINGS:
-            raise UsageError(f"--weighting {weighting}: must be one of {', '.join(WEIGHTINGS)}")
+            raise UsageError(f"weighting {weighting}: must be one of {', '.join(WEIGHTINGS)}")
         self.neighbours, self.weighting = neighbours, weighting
         self.keep, self.offset, self.lam, self.ramp = keep, offset, lam, ramp
-        self.register_buffer("queue", empty_memory(queue, cfg.dim))
 
     def forward(self, x1: Tensor, x2: Tensor) -> Tensor:
         p1, p2 = self.predict(x1), self.predict(x2)
@@ -63,10 +52,6 @@ class PotentialSamples(TwoNetworks):
         self.monitor = sacl.similarities(p1[None], k2, None)
         self.fresh = k2
         return (self.contrast(p1, k2) + self.contrast(p2, k1)) / 2
-
-    def update_target(self, m: float) -> None:
-        super().update_target(m)
-        push(self.queue, self.fresh)
 
     def contrast(self, p: Tensor, k: Tensor) -> Tensor:
         """Anchors p (N, D) against their own keys k (N, D), mined positives and kept negatives."""
@@ -76,9 +61,9 @@ class PotentialSamples(TwoNetworks):
             positive = (p * k).sum(-1, keepdim=True)  # (N, 1)
             queued = p @ self.queue.T  # (N, K)
             own = torch.eye(len(p), dtype=torch.bool, device=p.device)  # (N, N)
-            negative = [(p @ k.T).masked_fill(own, -torch.inf)]
-            negative += [queued.scatter(1, rows, -torch.inf)]  # a mined row is no negative
-            kept = potential(torch.cat(negative, 1), positive, self.keep, self.offset)
+            batch = (p @ k.T).masked_fill(own, -torch.inf)
+            rest = queued.scatter(1, rows, -torch.inf)  # a mined row is no negative
+            kept = potential(torch.cat([batch, rest], 1), positive, self.keep, self.offset)
             weight = weight * self.lam * (self.progress() / self.ramp).clamp(max=1)
             of_own = nce(positive, kept, self.cfg.tau)  # (N, 1)
             of_mined = nce(queued.gather(1, rows), kept, self.cfg.tau)  # (N, k)
@@ -92,7 +77,7 @@ def mine(
 ) -> tuple[Tensor, Tensor]:
     """The `count` rows of the queue nearest to each key (N, D), and their weights; (N, count) each.
 
-    soft: softmax of the similarities; hard: equal shares for those that soft gives at least
+    soft: a softmax of the similarities; hard: equal weights for those whose soft weight is at least
     1 / count; both: soft weights for those, 0 for the rest.
     """
     similarity, rows = (k @ queue.T).topk(count)
@@ -106,7 +91,7 @@ def mine(
 def potential(negative: Tensor, positive: Tensor, keep: int, offset: float) -> Tensor:
     """Of similarities (N, candidates) those nearest to the positive's (N, 1): (N, keep).
 
-    Candidates of -inf are none; where they are kept for want of others they weigh nothing.
+    -inf marks a row that is no candidate; one that is kept for lack of others weighs nothing.
     """
     distance = (negative - positive - offset).detach().abs()
     return negative.gather(1, distance.topk(min(keep, negative.shape[1]), largest=False).indices)
