@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.6", "torchvision>=0.21", "numpy>=1.26", "pillow>=10.1"]
+# ///
 """Linear evaluation (Section 3.2): one linear layer on frozen features, trained by LARS.
 
     python eval_linear.py runs/cifar100                       the online encoder of a run

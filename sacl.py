@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.6", "torchvision>=0.21", "numpy>=1.26", "pillow>=10.1"]
+# ///
 """SACL: semantic contrastive learning based on attention, in one file.
 
 J. Chen, Q. Lü, B. Xie, J. Sun: "Semantic Contrastive Learning Algorithm Based on Attention

@@ -1,0 +1,83 @@
+"""The README's "Using what was learned": each recipe gives the very features of the run."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torchvision import models
+
+import sacl
+from eval_linear import ProbeConfig, load_encoder
+
+
+def trained(out: Path, **given) -> tuple[sacl.SEResNet, torch.Tensor]:
+    """A run's folder with an encoder in which no tensor is at its start; and 2 normalised images.
+
+    In double precision, so that nothing but rounding in the last digits can differ.
+    """
+    torch.manual_seed(0)
+    cfg = sacl.Config(dataset="cifar100", output_dir=str(out), **given)
+    encoder = sacl.SEResNet(cfg.arch, cfg.se, cfg.reduction, cfg.stem, cfg.width).double()
+    for name, x in encoder.state_dict().items():
+        if "bn" in name or "downsample.1" in name:
+            x.copy_(torch.rand_like(x) + 0.5 if x.is_floating_point() else torch.tensor(9))
+    out.mkdir()
+    sacl.save_backbones(out, {"knn": encoder})
+    sacl.write(out / "config.json", json.dumps(dataclasses.asdict(cfg)).encode())
+    return encoder.eval(), torch.randn(2, 3, cfg.image_size, cfg.image_size).double()
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return ((a - b).norm() / b.norm()).item() < 1e-12
+
+
+def test_a_runs_encoder_comes_back_by_one_call(tmp_path):
+    encoder, x = trained(tmp_path / "run", arch="resnet18", width=8)
+    again, cfg = load_encoder(ProbeConfig(run=str(tmp_path / "run")))
+    assert not again.training and cfg.image_size == 32
+    assert close(again.float().double()(x), encoder.float().double()(x))
+
+
+def test_without_gates_the_backbone_is_torchvisions(tmp_path):
+    encoder, x = trained(tmp_path / "run", se="none", stem="imagenet", image_size=64)
+    net = models.resnet50().double()
+    found = net.load_state_dict(torch.load(tmp_path / "run/backbone.pth"), strict=False)
+    assert found.missing_keys == ["fc.weight", "fc.bias"] and not found.unexpected_keys
+    net.fc = nn.Identity()
+    assert close(net.eval()(x), encoder(x))
+
+
+@pytest.mark.parametrize("stem", ["imagenet", "cifar"])
+def test_the_backbone_is_timms_seresnet50(tmp_path, stem):
+    """Gates are linear layers here and 1x1 convolutions with a bias in timm."""
+    timm = pytest.importorskip("timm")
+    encoder, x = trained(tmp_path / "run", stem=stem)
+    weights = torch.load(tmp_path / "run/backbone.pth")
+    for name in [name for name in weights if ".se." in name]:
+        weights[name] = weights[name][:, :, None, None]
+        weights[name.replace("weight", "bias")] = torch.zeros(len(weights[name]))
+    net = timm.create_model("seresnet50", num_classes=0).double()
+    if stem == "cifar":
+        net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False).double(), nn.Identity()
+    net.load_state_dict(weights)
+    assert close(net.eval()(x), encoder(x))
+
+
+def test_a_folder_becomes_features_and_names(tmp_path):
+    encoder, _ = trained(tmp_path / "run", arch="resnet18", width=8)
+    (tmp_path / "photos").mkdir()
+    for i in range(3):
+        noise = np.random.default_rng(i).integers(256, size=(40, 50, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / f"photos/{i}.png")
+    run = str(tmp_path / "run")
+    encoder, cfg = load_encoder(ProbeConfig(run=run, dataset=str(tmp_path / "photos")))
+    data = sacl.load_data(cfg, "train")
+    features = sacl.embed(encoder, data.pixels, cfg, torch.device("cpu"))
+    np.save(tmp_path / "features.npy", features.numpy())
+    assert np.load(tmp_path / "features.npy").shape == (3, encoder.dim)
+    assert [name.split("\t")[0] for name in data.names] == ["0.png", "1.png", "2.png"]
