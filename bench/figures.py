@@ -203,31 +203,28 @@ def curves(args: argparse.Namespace) -> list[dict]:
 
 
 def compare(args: argparse.Namespace) -> list[dict]:
-    """kNN accuracy of SACL and the other systems, by epochs and by what their steps cost.
-
-    Of each system and seed the latest run on the dataset, and the latest costs.
-    """
-    lines = sacl.read_log(args.file)
-    done = [x for x in lines if "curve" in x and x["settings"]["dataset"] == args.dataset]
-    costs = [x["cost"] for x in lines if "cost" in x and x["of"].startswith(args.dataset)]
-    if not done or not costs:
+    """kNN accuracy of SACL and the other systems, by epochs and by what their training costs."""
+    done = [x for x in sacl.read_log(args.file) if x["label"].startswith(f"{args.dataset}-")]
+    done = [x for x in done if x.get("knn_curve")]
+    seconds = {x["method"]: x["cpu_seconds"]["train"] for x in done}
+    if not seconds.get("fast-moco"):
         raise UsageError(
-            f"--file {args.file} has no runs and costs of --dataset {args.dataset}: python "
-            f"bench/compare.py --dataset {args.dataset}"
+            f"--file {args.file} has no runs of --dataset {args.dataset} with their seconds: "
+            f"python bench/compare.py --dataset {args.dataset}"
         )
     title = f"kNN accuracy, per cent, {args.dataset}"
     equal = {"title": title, "x": "epochs", "lines": {}}
     cost = {"title": title, "x": "cost, in epochs of fast-moco", "lines": {}}
     for name in dict.fromkeys(x["method"] for x in done):
-        epochs: dict[float, list[float]] = {}
-        for run in {x["seed"]: x for x in done if x["method"] == name}.values():
-            steps = run["curve"][-1]["step"] / run["settings"]["epochs"]  # of an epoch
-            for at in run["curve"]:
-                epochs.setdefault(at["step"] / steps, []).append(at["knn"])
-        share = costs[-1][name] / costs[-1]["fast-moco"]
-        means = {x: (statistics.mean(y), deviation(y)) for x, y in epochs.items()}
-        equal["lines"][name] = [(x, *y) for x, y in means.items()]
-        cost["lines"][name] = [(x * share, *y) for x, y in means.items()]
+        curves = [x["knn_curve"] for x in done if x["method"] == name]
+        every = next(x["settings"] for x in done if x["method"] == name)["knn_every"]
+        share = seconds[name] / seconds["fast-moco"]
+        points = [
+            (every * i, statistics.mean(values), deviation(values))
+            for i, values in enumerate(zip(*curves, strict=True), 1)
+        ]
+        equal["lines"][name] = points
+        cost["lines"][name] = [(x * share, y, spread) for x, y, spread in points]
     return [equal, cost]
 
 
