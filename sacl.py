@@ -183,13 +183,15 @@ def check(cfg: Config) -> None:
     most, cells = 2**31 - 1, cfg.grid**2
     limits = dict(
         image_size=(8, 4096), grid=(1, 16), combine=(1, cells), tau=(1e-6, 1e6), m=(0, 1),
-        dim=(4, most), width=(1, most), reduction=(1, most), proj_layers=(1, 100),
+        dim=(4, most), width=(8, most), reduction=(1, most), proj_layers=(1, 100),
         texture_alpha=(-1e6, 1e6), texture_seeds=(0, 1024), crop_min=(1e-6, 1),
         epochs=(1, most), batch_size=(2, most), lr=(1e-12, 1e30), sgd_momentum=(0, 0.9999),
         weight_decay=(0, 1e6), warmup_epochs=(0, cfg.epochs - 1), seed=(0, most),
         knn_every=(0, most), print_every=(1, most), max_steps=(0, most), max_hours=(0, 1e6),
     )  # fmt: skip
     check_limits(cfg, limits)
+    if math.comb(cells, cfg.combine) > 10_000:
+        raise UsageError(f"--combine {cfg.combine}: of {cells} cells that is too many combinations")
     if cfg.image_size % cfg.grid:
         raise UsageError(f"--grid {cfg.grid}: must divide the image's {cfg.image_size} pixels")
 
@@ -838,7 +840,8 @@ def knn_monitor(
         bank = embed(encoder, train_set.pixels, cfg, device, known)
         query = embed(encoder, test_set.pixels, cfg, device)
         guess = knn(bank, train_set.labels[known], query, len(train_set.classes)).cpu()
-        result[name] = percent(guess == test_set.labels)
+        labelled = test_set.labels >= 0
+        result[name] = percent((guess == test_set.labels)[labelled])
     return result
 
 
@@ -880,7 +883,7 @@ def train(cfg: Config | None = None, build: Callable[[Config], nn.Module] = SACL
 def run_epochs(cfg: Config, build, train_set, test_set, bank, device) -> nn.Module:
     """The loop of Algorithm 1, from the checkpoint in cfg.output_dir or from the start."""
     began, out = time.perf_counter(), Path(cfg.output_dir)
-    steps, world = steps_in_epoch(cfg, train_set), world_size()
+    steps, world = steps_in_epoch(cfg, train_set, test_set), world_size()
     total, warmup = cfg.epochs * steps, cfg.warmup_epochs * steps
     if isinstance(train_set.pixels, Tensor):
         train_set = train_set._replace(pixels=train_set.pixels.to(device))
@@ -1015,8 +1018,9 @@ def explain_demo(out: Path, device: torch.device) -> None:
         loss.backward()
         loss.item()
         hours = (time.perf_counter() - began) / n * 50_000 * paper.epochs / 3600
-    say(f"learned: {after} % of test images find their class by nearest neighbours; before "
-        f"training {before} %, by raw pixels {pixels} %")  # fmt: skip
+    if after is not None:
+        say(f"learned: {after} % of test images find their class by nearest neighbours; before "
+            f"training {before} %, by raw pixels {pixels} %")  # fmt: skip
     say(f"the encoder: {out}/backbone.pth")
     say(f"linear evaluation: python eval_linear.py {out} --probe lbfgs")
     say("your own images: python sacl.py --dataset FOLDER --image-size 64 --arch resnet18")
@@ -1058,12 +1062,18 @@ def compiled(model: nn.Module, cfg: Config, dtype: torch.dtype, steps: int) -> n
     return model
 
 
-def steps_in_epoch(cfg: Config, data: Images) -> int:
-    """The whole batches of an epoch; refuses a batch that the data or the processes cannot fill."""
-    n, count, world = cfg.batch_size, len(data.pixels), world_size()
+def steps_in_epoch(cfg: Config, train_set: Images, test_set: Images | None) -> int:
+    """The whole batches of an epoch; refuses data that cannot be trained or tested on."""
+    n, count, world = cfg.batch_size, len(train_set.pixels), world_size()
     if n > count or n % world or n < 2 * world:
-        rule = f"a multiple of {world} processes with 2 images each, and at most all {count} images"
-        raise UsageError(f"--batch-size {n}: must be {rule}")
+        several = f", and a multiple of {world} processes with 2 images each" * (world > 1)
+        raise UsageError(f"--batch-size {n}: must be at most all {count} images{several}")
+    if test_set and train_set.classes and test_set.classes:
+        if differ := set(train_set.classes) ^ set(test_set.classes):
+            raise UsageError(
+                f"--dataset: the class {min(differ)} is only in the training or only in the test "
+                "images: add or remove its folder"
+            )
     return count // n
 
 
@@ -1178,6 +1188,7 @@ def require_writable(out: Path) -> None:
 OUTPUTS = ("backbone.pth", "target_backbone.pth", "config.json", "log.jsonl")
 BACKBONES = {"knn": "backbone.pth", "knn_target": "target_backbone.pth"}  # by name in the log
 SAVE_SECONDS = 300  # between checkpoints
+FORMAT = "sacl 2"  # of a checkpoint
 
 
 def resume(out: Path, cfg: Config, names: list[str], parts: dict, encoders: dict) -> dict:
@@ -1217,7 +1228,7 @@ def read_checkpoint(out: Path, cfg: Config, names: list[str]) -> dict:
             )
         return {}
     saved = read_weights(path)
-    if not isinstance(saved, dict) or not {"settings", "step", "images"} <= saved.keys():
+    if not isinstance(saved, dict) or saved.get("format") != FORMAT:
         raise UsageError(
             f"{path} is of another program, or of an older version of this one: choose another "
             "--output-dir"
@@ -1249,8 +1260,9 @@ def read_checkpoint(out: Path, cfg: Config, names: list[str]) -> dict:
 
 def save_run(out: Path, cfg: Config, names, parts: dict, encoders: dict, **progress) -> None:
     """The checkpoint, then the backbones of the same step; of tensors and plain types only."""
-    facts = dict(settings=asdict(cfg), images=names, processes=world_size()) | progress
-    save(out / "checkpoint.pth", facts | {name: x.state_dict() for name, x in parts.items()})
+    facts = dict(format=FORMAT, settings=asdict(cfg), images=names, processes=world_size())
+    states = {name: part.state_dict() for name, part in parts.items()}
+    save(out / "checkpoint.pth", facts | progress | states)
     save_backbones(out, encoders)
 
 
@@ -1282,9 +1294,9 @@ def read_weights(path: Path) -> dict:
     """A file that torch.save wrote, of tensors and plain types, on the CPU."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:  # a passing fault of a disk or network is not the file's
-        raise
     except Exception as error:  # zip, pickle and torch each raise their own
+        if isinstance(error, OSError) or out_of_memory(error):  # a passing fault is not the file's
+            raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UsageError(f"{path} cannot be read ({reason}): restore it from a copy") from None
 
@@ -1384,10 +1396,19 @@ def command(program: str, job: Callable[[], object]) -> None:
         message, code = f"{where}{error.strerror or error}; what was saved is whole", 2
     except UsageError as error:
         message, code = str(error), 2
-    except (MemoryError, torch.OutOfMemoryError):
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
         message, code = "out of memory: choose a smaller --batch-size, --width or --image-size", 2
     print(f"{program}: {message}", file=sys.stderr)
     sys.exit(code)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Python's error, the GPU's, or that of torch's allocator on the CPU."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and " memory" in str(error)
+    )
 
 
 def main(argv: list[str] | None = None) -> None:

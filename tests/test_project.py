@@ -16,13 +16,13 @@ import torch
 HERE = Path(__file__).resolve().parent.parent
 FILES = [p for p in HERE.rglob("*.py") if not {".venv", "runs"} & set(p.parts)]
 BUDGETS = {  # lines, and lines of code: neither blank, nor comments, nor docstrings
-    "sacl.py": (1400, 1000),
-    "images.py": (320, 260),
-    "texture.py": (540, 380),
-    "shapes.py": (100, 70),
-    "eval_linear.py": (275, 210),
-    "test_sacl.py": (720, 620),
-    "README.md": (300, None),
+    "sacl.py": (1460, 1012),
+    "images.py": (307, 232),
+    "texture.py": (518, 340),
+    "shapes.py": (102, 70),
+    "eval_linear.py": (276, 201),
+    "test_sacl.py": (740, 534),
+    "README.md": (150, None),
 }
 
 
@@ -65,13 +65,7 @@ def layer(name):
     return next((i for i, names in enumerate(LAYERS) if name in names), None)
 
 
-UPWARD = {"bench", "related"}  # not yet: their redesign is on other branches
-
-
-@pytest.mark.parametrize("folder", [
-    pytest.param(name, marks=[pytest.mark.xfail(strict=True, reason="not yet")] * (name in UPWARD))
-    for name in ("", "tests", "related", "bench")
-])  # fmt: skip
+@pytest.mark.parametrize("folder", ["", "tests", "related", "bench"])
 def test_imports_run_one_way(folder):
     """tests -> bench -> related -> eval_linear -> sacl -> images, texture, shapes."""
     files = [p for p in FILES if p.parent == HERE / folder]
@@ -128,11 +122,11 @@ def test_every_numbered_equation_stands_in_sacl_py():
     assert numbers >= set(range(1, 11))
 
 
-@pytest.mark.xfail(strict=True, reason="bench/gpu.py does")
 def test_nothing_names_the_place_where_it_was_built():
     """Results are left out: a log may say where it was written."""
-    kinds, words = {".py", ".md", ".sh", ".toml", ".txt", ""}, ("../" + "shared", "/" + "work/")
+    kinds, words = {".py", ".md", ".sh", ".toml", ".txt", ".yml", ".cff"}, ("../" + "shared", "/" + "work/")
+    skipped = {".git", ".venv", "results", "runs", "data", "__pycache__"}
     for path in [p for p in HERE.rglob("*") if p.is_file() and p.suffix in kinds]:
-        if not {".git", ".venv", "results", "runs"} & set(path.relative_to(HERE).parts):
+        if not skipped & set(path.relative_to(HERE).parts):
             text = path.read_text()
             assert not any(word in text for word in words), path
