@@ -64,10 +64,10 @@ def losses(where: Path, processes: int = 1, **given) -> list[float]:
 
 @pytest.mark.parametrize("name", [*RUNS, "two processes"])
 def test_losses_are_those_of_the_committed_run(name, tmp_path):
-    """To the last digit on the machine that wrote them, to rounding on others."""
+    """To the last digit on the machine that wrote them, to rounding on others; the first eight."""
     given = dict(processes=2, texture="negative") if name == "two processes" else RUNS[name]
-    then = json.loads((HERE / "losses.json").read_text())[name]
-    assert losses(tmp_path, **given) == pytest.approx(then, rel=2e-3)
+    then = json.loads((HERE / "losses.json").read_text())[name][:8]
+    assert losses(tmp_path, **given, max_steps=8) == pytest.approx(then, rel=2e-3)
 
 
 if __name__ == "__main__":
