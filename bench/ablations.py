@@ -211,7 +211,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(8)), help="[0 to 7]")
     parser.add_argument("--file", type=Path, default=Path("results/claims.jsonl"))
     parser.add_argument(
-        "--work", type=Path, default=Path("runs/claims"), help="for interrupted runs"
+        "--work", type=Path, default=Path("runs/claims"), help="folders of the runs"
     )
     parser.add_argument("--table", action="store_true", help="only print the tables of --file")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="only draw the claims of --file")

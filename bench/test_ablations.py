@@ -147,7 +147,7 @@ def test_the_tables_show_differences_verdicts_and_what_diverged():
     )
 
 
-@pytest.mark.parametrize("seeds", [0, 1, 8])
+@pytest.mark.parametrize("seeds", [1, 8])
 def test_the_forest_plot_is_drawn_with_any_number_of_lines(tmp_path, seeds):
     pytest.importorskip("matplotlib", reason="bench/requirements.txt is not installed")
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(x) + "\n" for x in made_lines(seeds)))
