@@ -1,368 +1,233 @@
-"""The paper's tables, and the choices that it leaves open, each run again by one command.
+"""The paper's claims, each a comparison of two settings; results/README.md has the rule.
 
-    python bench/ablations.py table6                           small, on one CPU core in an hour
-    python bench/ablations.py table6 --scale gpu --seeds 3     the paper's settings, on CIFAR-100
-    python bench/ablations.py table6 --table                   what is in the file, as markdown
-    python bench/ablations.py all --table
+    python bench/ablations.py                                    every run that has no line yet
+    python bench/ablations.py --rows base "no gate" --seeds 0 1  only these
+    python bench/ablations.py --table > results/claims.md        the tables, from the lines
+    python bench/ablations.py --plot results/figure-claims.png   the claims drawn
 
-table4   the gate at four places, and none    combine   i = 1 .. 4 cells of 4 in a query
-table5   batches of 32, 64, 128               texture   negative, positive, none; alpha 1, 2
-table6   the target's momentum m, 0.5 .. 1    grid      2 x 2 or none: by images, by seconds
-table7   1, 2 and 4 times the epochs          encoder   online, recalibrated BN, target
-fig7     temperatures on two datasets         recipe    paper, tuned
-tuned    candidates for the tuned recipe one by one, then those that helped, together
-
-A run is sacl.train and then the probe on its encoders. Its line in --file holds all settings and
-figures; a run that has its line is not run again, also where several tables share it, and one that
-was interrupted goes on from its folder in --work. Flags of sacl.py go to all runs of the call.
-
-At the cpu scale the dataset is shapes, of which three epochs teach something; fig7 adds CIFAR-10,
-and recipe and tuned are of CIFAR-100.
-
-Nothing is chosen on test images: unless --on test is given, for final figures, runs are trained on
-part of the training images and evaluated on others of them (`split`). Of shapes, drawn anew by each
-seed, rows are compared on test images, and no default follows from them.
+The runs are of the embedded dataset, in float32 on one CPU thread. The same command may be started
+once for each core; runs.py sees to it that no run is done twice, and that what was interrupted goes
+on. Each setting is run with seeds 0 to 7, seed by seed over all settings.
 """
 
 import argparse
-import dataclasses
-import json
-import shutil
+import shlex
 import statistics
 import sys
-import time
-from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torchvision.transforms.functional import to_pil_image
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import eval_linear
 import sacl
-from bench import plot
-from sacl import Config, UsageError
-
-# ------------------------------------------------------------ what is run
-
-SCALES = {  # settings, and how many training images at most
-    "cpu": (dict(arch="resnet18", width=16, dim=256, epochs=3, knn_every=1000), 7_500),
-    "gpu": ({}, None),  # the paper's
-}
-ENCODERS = {"online": {}, "recalibrated": {"recalibrate_bn": True}, "target": {"encoder": "target"}}
-RECIPES = ("recipe", "tuned")
-CANDIDATES = {  # of the tuned recipe, beside a warm-up of a twentieth of the epochs
-    "weight_decay": (5e-4,),
-    "m_schedule": ("cosine",),
-    "crop_min": (0.08, 0.4),
-    "combine": (3,),
-    "tau": (0.1,),
-    "lr": (0.2,),
-    "stem": ("imagenet",),
-}
+from bench import runs
+from bench.plot import count_of, forest, mean_std, rows_of
+from bench.verdict import Difference, difference, holm
+from sacl import SACL, Config, UsageError
 
 
-def tables(epochs: int) -> dict[str, dict[str, dict]]:
-    """What the rows of each table change, by label; `epochs` are those of the other runs."""
-    momenta = (0.5, 0.6, 0.7, 0.8, 0.9, 0.99, 0.999, 1.0)
-    warmup = dict(warmup_epochs=max(1, round(epochs / 20)))  # as 10 are of 200
-    one = {f"{k} {v}": {k: v} for k, values in CANDIDATES.items() for v in values}
-    textures = {
-        "negative, alpha 1": {},
-        "negative, alpha 2": dict(texture_alpha=2.0),
-        "positive": dict(texture="positive"),
-        "none": dict(texture="none"),
-    }
-    return {
-        "table4": {se: dict(se=se) for se in ("standard", "pre", "post", "identity", "none")},
-        "table5": {f"batch {n}": dict(batch_size=n) for n in (32, 64, 128)},
-        "table6": {f"m = {m:g}": dict(m=m) for m in momenta},
-        "table7": {f"epochs x {k}": dict(epochs=k * epochs) for k in (1, 2, 4)},
-        "fig7": {f"tau = {tau:g}": dict(tau=tau) for tau in (0.1, 0.2, 0.5, 1.0)},
-        "combine": {f"i = {i}": dict(combine=i) for i in (1, 2, 3, 4)},
-        "texture": textures,
-        "grid": {"2 x 2 cells": dict(knn_every=1), "no grid": dict(grid=1, combine=1, knn_every=1)},
-        "encoder": {"all": {}},  # three rows of the same runs
-        "recipe": {"paper": {}, "tuned": dict(recipe="tuned")},
-        "tuned": {"paper": {}, "warm-up": warmup, **one},
-    }
+class Setting(NamedTuple):
+    changes: dict  # of the base's settings
+    start: str = "usual"  # initial weights; plain: BatchNorm scales 1; untrained: and no training
+    seeds: int = 8
 
 
-PAPER = {  # its figures, row by row
-    "table4": {"imagenet100": (78.0, 77.77, 77.25, 77.84)},
-    "table5": {
-        "cifar10": (55.78, 78.25, 83.74),
-        "cifar100": (21.55, 41.26, 58.90),
-        "stl10": (71.87, 79.68, 84.90),
-    },
-    "table6": {"imagenet100": (0, 40.36, 50.37, 57.34, 66.17, 78.00, 73.13, 51.21)},
-    "table7": {"cifar100": (58.90, 62.26, 65.83)},
-    "recipe": {"cifar10": (83.74,), "cifar100": (58.90,), "stl10": (84.90,)},
+CURVE = {"knn_every": 1}
+SETTINGS = {
+    "base": Setting(CURVE),
+    "no gate": Setting(dict(se="none")),
+    "no texture": Setting(dict(texture="none")),
+    "texture positive": Setting(dict(texture="positive")),
+    "no grid": Setting(dict(grid=1, combine=1) | CURVE),
+    "untrained": Setting({}, "untrained"),
+    "standard, plain start": Setting({}, "plain"),
+    "no gate, plain start": Setting(dict(se="none"), "plain"),
+    "pre, plain start": Setting(dict(se="pre"), "plain"),
+    "post": Setting(dict(se="post"), "plain"),
+    "identity": Setting(dict(se="identity"), "plain"),
+    **{f"m = {m:g}": Setting(dict(m=m)) for m in (0.5, 0.9, 0.99, 0.999, 1.0)},
+    **{f"tau = {tau:g}": Setting(dict(tau=tau)) for tau in (0.1, 0.5, 1.0)},
+    "batch 32": Setting(dict(batch_size=32)),
+    "batch 128": Setting(dict(batch_size=128)),
+    "batch 32, rate 0.1": Setting(dict(batch_size=32, lr=0.4)),  # sacl.py multiplies by batch / 128
+    "batch 128, rate 0.1": Setting(dict(batch_size=128, lr=0.1)),
+    "texture weight 2": Setting(dict(texture_alpha=2.0)),
+    "textures of the batch": Setting(dict(texture_negatives="batch")),
+    **{f"i = {i}": Setting(dict(combine=i)) for i in (1, 3, 4)},
+    "negatives eq10": Setting(dict(negatives="eq10")),
+    "weak geometric": Setting(dict(weak="geometric")),
+    "epochs x 2": Setting(dict(epochs=12), seeds=4),
+    "epochs x 4": Setting(dict(epochs=24), seeds=4),
 }
 
 
-def base_settings(scale: str, dataset: str, given: dict) -> dict:
-    """What all runs have in common: the scale's settings, then those of the command line."""
-    if dataset == "shapes":  # small as it is, at either scale
-        return {"epochs": 3 if scale == "cpu" else sacl.PRESETS["shapes"]["epochs"]} | given
-    size = {"cifar10": 32, "cifar100": 32, "stl10": 96}.get(Path(dataset).name, 224)
-    epochs = 100 if Path(dataset).name == "imagenet100" else 200
-    return {"image_size": size, "epochs": epochs} | SCALES[scale][0] | given
+class Claim(NamedTuple):
+    text: str
+    where: str  # in the paper
+    better: str  # the setting that the paper prefers
+    other: str
+    figure: str
 
 
-# ------------------------------------------------------------ which images
+GATE, TEXTURE = ("base", "no gate"), ("base", "no texture")
+STANDARD, AREA = "standard, plain start", "area under the kNN curve"
+CLAIMS = (
+    Claim("attention raises accuracy", "abstract", *GATE, "linear top-1"),
+    Claim("attention: semantics, not texture", "abstract", *GATE, "shape share"),
+    Claim("attention makes features robust", "Sec. 1.3", *GATE, "corruptions"),
+    Claim("standard placement best", "Table 4", STANDARD, "pre, plain start", "linear top-1"),
+    Claim("standard placement best", "Table 4", STANDARD, "post", "linear top-1"),
+    Claim("standard placement best", "Table 4", STANDARD, "identity", "linear top-1"),
+    Claim("texture negatives raise accuracy", "abstract", *TEXTURE, "linear top-1"),
+    Claim("texture negatives: semantics, not texture", "Sec. 0", *TEXTURE, "shape share"),
+    Claim("texture negatives make features robust", "Sec. 0", *TEXTURE, "corruptions"),
+    Claim("gridding speeds up convergence", "abstract", "base", "no grid", AREA),
+    Claim("m of 0.5 collapses", "Table 6", "untrained", "m = 0.5", "linear top-1"),
+    Claim("m = 0.99 best", "Table 6", "m = 0.99", "m = 0.9", "linear top-1"),
+    Claim("m = 0.99 best", "Table 6", "m = 0.99", "m = 0.999", "linear top-1"),
+    Claim("m = 0.99 best", "Table 6", "m = 0.99", "m = 1", "linear top-1"),
+    Claim("too large a tau costs accuracy", "Sec. 3.5", "base", "tau = 1", "linear top-1"),
+    Claim("a small tau: more uniform", "Sec. 3.5", "base", "tau = 1", "uniformity"),
+    Claim("larger batches help", "Table 5", "batch 128", "batch 32", "linear top-1"),
+    Claim("larger batches help", "Table 5", "batch 128, rate 0.1", "batch 32, rate 0.1",
+          "linear top-1"),
+    Claim("longer training helps", "Table 7", "epochs x 4", "base", "linear top-1"),
+)  # fmt: skip
+# no claims of the paper: setting, and what it is compared with
+OPEN = {
+    **dict.fromkeys(("texture positive",), "no texture"),
+    **dict.fromkeys(("texture weight 2", "textures of the batch"), "base"),
+    **dict.fromkeys(("i = 1", "i = 3", "i = 4", "tau = 0.1", "tau = 0.5", "m = 0.99"), "base"),
+    **dict.fromkeys(("negatives eq10", "weak geometric", "no grid", "epochs x 2"), "base"),
+    STANDARD: "no gate, plain start",
+    "base": STANDARD,
+    "no gate": "no gate, plain start",
+}
+# columns of the tables, without the last
+FIGURES = {
+    "linear top-1": lambda x: x["top1"],
+    "top-5": lambda x: x["top5"],
+    "kNN": lambda x: x["knn"],
+    "kNN, target": lambda x: x["knn_target"],
+    "shape share": lambda x: x["shifts"]["conflict"]["shape_share"],
+    "corruptions": lambda x: x["shifts"]["corruption_mean"],
+    "textures only": lambda x: x["shifts"]["texture"],
+    "4 x 4 shuffled": lambda x: x["shifts"]["shuffle_4x4"],
+    "low-pass": lambda x: x["shifts"]["low_pass"],
+    "silhouettes": lambda x: x["shifts"]["silhouette"],
+    "uniformity": lambda x: x["uniformity"],
+    AREA: lambda x: statistics.mean(x["knn_curve"]) if x.get("knn_curve") else None,
+}
 
 
-def split(dataset: str, data_dir: str, work: Path, scale: str, on: str) -> str:
-    """A folder {train,test}/<class>/ of links to the images of a run, or the dataset's own name.
-
-    Of each class's training images, shuffled by a fixed seed, the first tenth is for validation at
-    every scale and the others are for training, so that what is chosen on few images can be
-    confirmed on all. on="test": with the dataset's own test images instead.
-    """
-    most = SCALES[scale][1]
-    if dataset == "shapes" or (on == "test" and not most):
-        return dataset
-    if dataset == "stl10":
-        raise UsageError(
-            "--dataset stl10: most of its training images have no class to divide them by; use "
-            "--scale gpu --on test"
-        )
-    source = as_folder(dataset, data_dir, work)
-    out = work / "images" / (f"{source.name}-{on}" + (f"-{most}" if most else ""))
-    if out.is_dir():
-        return str(out)
-    tests = next((p for name in ("test", "val") if (p := source / name).is_dir()), None)
-    if on == "test" and tests is None:
-        raise UsageError(f"--on test: there is neither {source}/test nor {source}/val")
-    generator = torch.Generator().manual_seed(0)
-    links, classes = {}, sorted(d for d in (source / "train").iterdir() if d.is_dir())
-    for folder in classes:
-        paths = sorted(p for p in folder.rglob("*") if p.is_file())
-        paths = [paths[i] for i in torch.randperm(len(paths), generator=generator)]
-        tenth, share = max(1, len(paths) // 10), (most or 10**9) // len(classes)
-        links[f"train/{folder.name}"] = paths[tenth : tenth + share]
-        own_test = sorted((tests / folder.name).iterdir()) if on == "test" else []
-        links[f"test/{folder.name}"] = own_test or paths[:tenth]
-    part = out.with_name(out.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    for name, paths in links.items():
-        (part / name).mkdir(parents=True)
-        for i, path in enumerate(paths):
-            (part / name / f"{i:05}{path.suffix}").symlink_to(path.resolve())
-    part.rename(out)
-    return str(out)
+# ------------------------------------------------------------ the runs
 
 
-def as_folder(dataset: str, data_dir: str, work: Path) -> Path:
-    """Where <dataset>/train/<class>/ is; CIFAR's archives are first written out as PNG files."""
-    root = Path(data_dir, dataset) if dataset in sacl.DATASETS else Path(dataset)
-    if (root / "train").is_dir():
-        return root
-    if dataset not in ("cifar10", "cifar100"):
-        raise UsageError(f"--dataset {dataset}: there is no {root}/train/<class>/")
-    out, part = work / dataset, work / f"{dataset}.part"
-    if not out.is_dir():
-        for name in ("train", "test"):
-            data = sacl.load_data(Config(dataset=dataset, data_dir=data_dir), name)
-            for i, (x, label) in enumerate(zip(data.pixels, data.labels, strict=True)):
-                folder = part / name / data.classes[label]
-                folder.mkdir(parents=True, exist_ok=True)
-                to_pil_image(x).save(folder / f"{i:05}.png")
-        part.rename(out)
-    return out
+def plain_start(cfg: Config) -> nn.Module:
+    """SACL with every BatchNorm scale at 1, in the target too: no block starts as the identity."""
+    model = SACL(cfg)
+    for module in model.modules():
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            nn.init.ones_(module.weight)
+    return model
 
 
-# ------------------------------------------------------------ the runs of a table
+def run_all(labels: list[str], seeds: list[int], file: Path, work: Path) -> None:
+    torch.set_num_threads(1)
+    builds = {"usual": SACL, "plain": plain_start, "untrained": None}
+    for seed in seeds:
+        for label in labels:
+            changes, start, planned = SETTINGS[label]
+            if seed >= planned:
+                continue
+            name = label.replace(" = ", "").replace(", ", "-").replace(" ", "-")
+            fixed = dict(dataset="shapes", amp="off", knn_every=0, seed=seed)
+            cfg = Config(**fixed | changes, output_dir=str(work / f"{name}-seed{seed}"))
+            command = f"python bench/ablations.py --rows {shlex.quote(label)} --seeds {seed}"
+            runs.run(label, cfg, file, builds[start], start=start, command=command)
 
 
-def run_table(table: str, dataset: str, args: argparse.Namespace) -> bool:
-    """All runs of a table that have no line yet; False when the time was over before the last."""
-    if dataset == "shapes" and table in RECIPES:
-        raise UsageError(f"--dataset shapes: it has settings of its own; {table} needs another")
-    base = base_settings(args.scale, dataset, args.given)
-    rows = tables(base["epochs"])[table]
-    if unknown := set(args.rows or ()) - set(rows):
-        raise UsageError(f"--rows {unknown.pop()!r}: the rows of {table} are {', '.join(rows)}")
-    rows = {label: rows[label] for label in args.rows or rows}
-    for name in args.given.keys() & {k for varied in rows.values() for k in varied} - {"epochs"}:
-        raise UsageError(f"--{name.replace('_', '-')} is what {table} varies: leave it out")
-    on = "test" if dataset == "shapes" else args.on
-    place = split(dataset, args.data_dir, args.work, args.scale, on)
-    base |= {"dataset": place, "data_dir": args.data_dir}
-    known = {"scale": args.scale, "dataset": Path(dataset).name, "on": on}
-    common = asdict(Config(**base))
-    jobs = [(label, rows[label], seed) for seed in range(args.seeds) for label in rows]
-    found: dict[str, list[dict]] = {}
-    while jobs:
-        label, varied, seed = jobs.pop(0)
-        print(f"\n{table} on {dataset}, {label}, seed {seed}; {len(jobs)} to follow", flush=True)
-        cfg = asdict(Config(**{**base, **varied}))
-        name = "_".join(f"{k}-{v}" for k, v in cfg.items() if v != common[k]) or "base"
-        folder = args.work / args.scale / Path(place).name / f"{name}_seed-{seed}"
-        cfg = Config(**{**base, **varied, "seed": seed, "output_dir": str(folder)})
-        line = run(table, label, cfg, known, args)
-        if line is None:
-            print("--max-hours are over; the same command goes on", flush=True)
-            return False
-        found.setdefault(label, []).append(line)
-        if table == "tuned" and not jobs and {"paper", *found} == set(rows):
-            label, varied = together(found, rows)
-            jobs = [(label, varied, seed) for seed in range(args.seeds) if varied]
-    return True
+# ------------------------------------------------------------ the tables
 
 
-def together(found: dict[str, list[dict]], rows: dict[str, dict]) -> tuple[str, dict]:
-    """All candidates that beat the paper's settings at every seed; of a field's values the best."""
-
-    def top1(label: str) -> list[float]:
-        return [line["linear"].get("online", {}).get("top1", 0) for line in found[label]]
-
-    helped: dict[str, str] = {}
-    for label in sorted(rows, key=lambda label: statistics.mean(top1(label))):
-        if all(x > y for x, y in zip(top1(label), top1("paper"), strict=True)):
-            helped[next(iter(rows[label]))] = label  # the better one of a field comes later
-    varied = {k: v for label in helped.values() for k, v in rows[label].items()}
-    return "together: " + ", ".join(helped.values()), varied if len(helped) > 1 else {}
+def compared(lines: list[dict], better: str, other: str, figure: str) -> Difference:
+    """`better` minus `other` in one figure, seed by seed."""
+    by_seed = [
+        {x["seed"]: figure_of(x, figure) for x in lines if x["label"] == label}
+        for label in (better, other)
+    ]
+    return difference(*by_seed, min(SETTINGS[better].seeds, SETTINGS[other].seeds))
 
 
-def run(table: str, label: str, cfg: Config, known: dict, args) -> dict | None:
-    """The line of one run, from the file or from running it; its row in this table is added.
-
-    None where the time was over before it was trained.
-    """
-    line = next((x for x in sacl.read_log(args.file) if same(x, cfg, known)), None)
-    shifts = table == "texture" if args.shifts is None else args.shifts
-    out, complete = Path(cfg.output_dir), False
-    if line and line.get("probe") != args.probe:
-        line["linear"] = {}
-        line.pop("shifts", None)
-    if line:
-        probed = set(args.encoders) <= set(line["linear"]) and (not shifts or "shifts" in line)
-        complete = "error" in line or probed
-    if complete and line["rows"].get(table) == label:
-        print(f"its line is in {args.file}; with another --file it is run again", flush=True)
-        return line
-    # a checkpoint beside the encoder: it is being trained again
-    trained = line and (out / "backbone.pth").is_file() and not (out / "checkpoint.pth").exists()
-    line = line or {"rows": {}, **known, "seed": cfg.seed, "linear": {}}
-    if not complete and not trained:
-        figures = pretrain(cfg, args)
-        if figures is None:
-            return None
-        line |= figures
-    if not complete and "error" not in line:
-        line |= evaluate(cfg, args, shifts, line["linear"])
-    line |= {"settings": comparable(cfg), "rows": {**line["rows"], table: label}}
-    lines = [x for x in sacl.read_log(args.file) if not same(x, cfg, known)] + [line]
-    sacl.write(args.file, "".join(json.dumps(x) + "\n" for x in lines).encode())
-    (out / "checkpoint.pth").unlink(missing_ok=True)  # the backbones stay
-    return line
+def figure_of(line: dict, name: str) -> float | None:
+    """A figure of a run; None where it diverged."""
+    return None if "error" in line else FIGURES[name](line)
 
 
-def same(line: dict, cfg: Config, known: dict) -> bool:
-    """Whether a line is of a run with these settings, in all that changes what is learned."""
-    # how often it is monitored is its curve; a recipe is but the settings that it implies
-    free = {*sacl.Run.FREE, "recipe"} - {"knn_every"}
-    then, now = line["settings"], comparable(cfg)
-    return all(line[name] == value for name, value in known.items()) and all(
-        then.get(name, getattr(Config, name)) == value
-        for name, value in now.items()
-        if name not in free
-    )
+def results(lines: list[dict]) -> list[tuple[Claim, Difference, bool]]:
+    """Each claim, its difference, and whether this survives Holm's correction over all claims."""
+    found = [compared(lines, c.better, c.other, c.figure) for c in CLAIMS]
+    return list(zip(CLAIMS, found, holm([d.p for d in found]), strict=True))
 
 
-def comparable(cfg: Config) -> dict:
-    """All settings; the images by the name of their folder, wherever it lies."""
-    return asdict(cfg) | {"dataset": Path(cfg.dataset).name, "data_dir": "", "output_dir": ""}
-
-
-def pretrain(cfg: Config, args: argparse.Namespace) -> dict | None:
-    """sacl.train to its end, and what its log says; None where the time was over before."""
-    left = (args.deadline - time.time()) / 3600
-    if left <= 0:
-        return None
-    torch.compiler.reset()  # else each model counts as one more variant of the same code
-    failed = {}
-    try:
-        sacl.train(dataclasses.replace(cfg, max_hours=left if args.max_hours else 0))
-    except FloatingPointError as error:
-        failed = {"error": str(error)}
-    log = sacl.read_log(Path(cfg.output_dir) / "log.jsonl")
-    if not failed and not any(x.get("epoch") == cfg.epochs and "epoch_loss" in x for x in log):
-        return None
-    machines = [x for x in log if "machine" in x]
-    facts = {"images": machines[0]["images"], "machine": machines[-1]["machine"]}
-    curve = plot.curve_of(log, cfg.batch_size)
-    facts |= {k: v for k, v in curve[-1].items() if k != "images"} if curve else {}
-    return failed | facts | {"curve": curve}
-
-
-def evaluate(cfg: Config, args: argparse.Namespace, shifts: bool, linear: dict) -> dict:
-    """The probe on each encoder in the run's folder; shifted images for the online one."""
-    began, linear, more = time.time(), dict(linear), {}
-    for encoder in args.encoders:
-        probe = dict(source=cfg.output_dir, probe=args.probe, amp=cfg.amp, workers=cfg.workers)
-        probe |= ENCODERS[encoder] | {"shifts": shifts and encoder == "online"}
-        result = eval_linear.evaluate(eval_linear.ProbeConfig(**probe))
-        linear[encoder] = {"top1": result["top1"], "top5": result["top5"]}
-        more |= {k: result[k] for k in ("test_images", "shifts") if k in result}
-    more |= {"probe": args.probe, "evaluation_seconds": round(time.time() - began)}
-    return {"linear": linear, **more}
-
-
-# ------------------------------------------------------------ command line
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("ablations.py", allow_abbrev=False)
-    parser.add_argument("name", metavar="TABLE", choices=[*tables(1), "all"])
-    parser.add_argument("--scale", choices=SCALES, default="cpu")
-    parser.add_argument(
-        "--dataset", default="", help="[cpu: shapes, gpu: cifar100; fig7: cifar10 too]"
-    )
-    parser.add_argument("--data-dir", default="data")
-    parser.add_argument("--seeds", type=int, default=2, help="runs of each row [2]")
-    parser.add_argument("--on", choices=("val", "test"), default="val", help="[val]")
-    parser.add_argument("--probe", choices=("lars", "lbfgs"), help="[cpu: lbfgs, gpu: lars]")
-    parser.add_argument("--encoders", nargs="+", choices=ENCODERS,
-                        help="probed; --table shows the first [online; encoder: all]")  # fmt: skip
-    parser.add_argument("--rows", nargs="+", metavar="LABEL", help="only these of the table [all]")
-    parser.add_argument("--shifts", action=argparse.BooleanOptionalAction,
-                        help="also on shifted images [only in table texture]")  # fmt: skip
-    parser.add_argument("--max-hours", type=float, default=0, help="stop, resumable [no limit]")
-    parser.add_argument("--work", type=Path, default=Path("runs/ablations"))
-    parser.add_argument("--file", type=Path, default=Path("results/ablations.jsonl"))
-    parser.add_argument("--table", action="store_true", help="only print what is in --file")
-    args, rest = parser.parse_known_args(argv)
-    given = sacl.parse_config(["--dataset", "cifar100", *rest])
-    args.given = {name: getattr(given, name) for name in given.given - {"dataset"}}
-    for name, flag in {"seed": "--seeds", "output_dir": "--work", "max_steps": "--epochs"}.items():
-        if name in args.given:
-            raise UsageError(f"--{name.replace('_', '-')} is set run by run: give {flag} instead")
-    if args.seeds < 1:
-        raise UsageError(f"--seeds {args.seeds}: must be at least 1")
-    args.probe = args.probe or {"cpu": "lbfgs", "gpu": "lars"}[args.scale]
-    args.deadline = time.time() + 3600 * (args.max_hours or 1e6)
-    return args
+def tables(lines: list[dict]) -> str:
+    """The claims, the open choices and all settings, as markdown."""
+    head = "no.|claim|paper|difference of|figure|mean (95 % interval)|n|verdict|Holm"
+    claims = [head.split("|")]
+    for i, (c, d, survives) in enumerate(results(lines), 1):
+        holm_word = {True: "yes", False: "no"}[survives] if d.done == d.planned else ""
+        lost = [x for x in lines if "error" in x and x["label"] in (c.better, c.other)]
+        word = d.verdict + "".join(f"; {x['label']}, seed {x['seed']} diverged" for x in lost)
+        claims.append([str(i), c.text, c.where, f"{c.better} minus {c.other}", c.figure, str(d),
+                       str(len(d.values)), word, holm_word])  # fmt: skip
+    columns = ("linear top-1", "kNN", "shape share", "corruptions")
+    choices = [["difference of", *columns, "n"]]
+    for label, other in OPEN.items():
+        row = [compared(lines, label, other, name) for name in columns]
+        choices.append([f"{label} minus {other}", *map(str, row), str(len(row[0].values))])
+    columns = [name for name in FIGURES if name != AREA]
+    settings = [["setting", *columns, "CPU minutes", "n"]]
+    for label in SETTINGS:
+        of = [x for x in lines if x["label"] == label]
+        row = [mean_std(figure_of(x, name) for x in of) for name in columns]
+        seconds = [x["cpu_seconds"]["train"] for x in of if "error" not in x]
+        minutes = mean_std(s / 60 for s in seconds if s is not None)
+        settings.append([label, *row, minutes, count_of(of)])
+    machines = {", ".join(f"{k} {v}" for k, v in x["machine"].items()) for x in lines}
+    return "\n\n".join([
+        "## Claims", rows_of(claims),
+        "## Choices that the paper leaves open, and the start", rows_of(choices),
+        "## All settings: mean and standard deviation over the seeds", rows_of(settings),
+        f"{len(lines)} runs, on:", *sorted(machines),
+    ]) + "\n"  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser("ablations.py", allow_abbrev=False)
+    parser.add_argument("--rows", nargs="+", choices=SETTINGS, default=list(SETTINGS),
+                        metavar="LABEL", help="only these settings [all]")  # fmt: skip
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(range(8)), help="[0 to 7]")
+    parser.add_argument("--file", type=Path, default=Path("results/claims.jsonl"))
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/claims"), help="folders of the runs"
+    )
+    parser.add_argument("--table", action="store_true", help="only print the tables of --file")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="only draw the claims of --file")
+    args = parser.parse_args(argv)
     try:
-        args = parse(argv)
-        chosen = args.encoders
-        for table in list(tables(1)) if args.name == "all" else [args.name]:
-            args.encoders = chosen or (list(ENCODERS) if table == "encoder" else ["online"])
-            small = args.scale == "cpu" and table not in RECIPES
-            usual = ["shapes" if small else "cifar100"] + ["cifar10"] * (table == "fig7")
-            for dataset in [args.dataset] if args.dataset else usual:
-                if not args.table and not run_table(table, dataset, args):
-                    return
-            order = list(ENCODERS) if table == "encoder" else list(tables(1)[table])
-            lines = [x for x in sacl.read_log(args.file) if table in x["rows"]]
-            text = plot.markdown(table, lines, order, PAPER.get(table, {}), args.encoders[0])
-            text = text if lines else f"{table}: no run of it is in {args.file}"
-            print(f"\n{text}", flush=True)
+        lines = sacl.read_log(args.file)
+        if args.plot:
+            panels = {}
+            for c, d, _ in results(lines):
+                row = f"{c.text} ({c.where})\n{c.better} minus {c.other}", d
+                panels.setdefault(c.figure, []).append(row)
+            forest(panels, args.plot)
+        elif args.table:
+            print(tables(lines), end="")
+        else:
+            run_all(args.rows, args.seeds, args.file, args.work)
     except UsageError as error:
         print(f"ablations.py: {error}", file=sys.stderr)
         sys.exit(2)

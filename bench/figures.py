@@ -4,12 +4,10 @@
     python bench/figures.py cells --dataset cifar100 --data-dir data    combinations (Eq. 2)
     python bench/figures.py neighbours RUN_DIR                          what lies near test images
     python bench/figures.py curves RUN_DIR...                           loss and kNN of runs
-    python bench/figures.py fig7                                        by temperature (Fig. 7)
-    python bench/figures.py grid                                        with the grid and without
     python bench/figures.py compare --dataset cifar100                  SACL among other systems
 
-The last three are drawn from what bench/ablations.py and related/compare.py left in --file. Each
-writes results/figure-<name>.png, or --out.
+The last is drawn from what related/compare.py left in --file. Each writes
+results/figure-<name>.png, or --out.
 """
 
 import argparse
@@ -194,47 +192,6 @@ def curves(args: argparse.Namespace) -> list[dict]:
     return [panel for panel in panels.values() if panel["lines"]]
 
 
-def fig7(args: argparse.Namespace) -> list[dict]:
-    """The paper's Fig. 7: accuracy by temperature, a panel for each dataset."""
-    lines = lines_of("fig7", args)
-    panels = []
-    for dataset, on in sorted({(line["dataset"], line["on"]) for line in lines}):
-        runs: dict[str, dict[float, list[float]]] = {}
-        group = alike([x for x in lines if (x["dataset"], x["on"]) == (dataset, on)])
-        for line in group:
-            for encoder, figures in line["linear"].items():
-                name, tau = f"linear top-1, {encoder}", line["settings"]["tau"]
-                runs.setdefault(name, {}).setdefault(tau, []).append(figures["top1"])
-        most = max(map(len, runs.values()))  # other encoders were perhaps probed in a few runs only
-        runs = {name: row for name, row in runs.items() if len(row) == most}
-        title = f"{dataset}, {about(group)}"
-        panel = {"title": title, "x": "tau; bars: standard deviation", "log": True, "span": 10}
-        panels.append(panel | {"lines": {name: averaged(row) for name, row in runs.items()}})
-    return panels
-
-
-def grid(args: argparse.Namespace) -> list[dict]:
-    """kNN accuracy with and without the grid, by images seen and by seconds of training."""
-    lines = lines_of("grid", args)
-    lines = alike([x for x in lines if x["dataset"] == lines[-1]["dataset"]])
-    panels = []
-    for x in ("images", "seconds"):
-        rows: dict[str, dict[int, list[tuple]]] = {}
-        for line in lines:
-            for i, at in enumerate(line["curve"]):
-                point = at[x] / 1000 if x == "images" else at[x], at["knn"]
-                rows.setdefault(line["rows"]["grid"], {}).setdefault(i, []).append(point)
-        drawn = {}
-        for name, row in rows.items():
-            means = {i: statistics.mean(p[0] for p in points) for i, points in row.items()}
-            spread = averaged({means[i]: [p[1] for p in points] for i, points in row.items()})
-            drawn[name] = spread
-        label = {"images": "thousand images seen", "seconds": "seconds of training"}[x]
-        title = f"kNN accuracy (%), {lines[-1]['dataset']}, {about(lines)}"
-        panels.append({"title": title, "x": label, "lines": drawn})
-    return panels
-
-
 def compare(args: argparse.Namespace) -> list[dict]:
     """kNN accuracy of SACL and the other systems, by epochs and by what their steps cost."""
     cfg = CompareConfig(dataset=args.dataset, results=str(args.file))
@@ -263,26 +220,6 @@ def compare(args: argparse.Namespace) -> list[dict]:
     return [equal, cost]
 
 
-def lines_of(table: str, args: argparse.Namespace) -> list[dict]:
-    """Finished runs of a table, all of the scale of the last of them."""
-    lines = [x for x in sacl.read_log(args.file) if table in x["rows"] and "error" not in x]
-    if not lines:
-        raise UsageError(
-            f"--file {args.file} has no run of {table}: python bench/ablations.py {table}"
-        )
-    return [x for x in lines if x["scale"] == lines[-1]["scale"]]
-
-
-def alike(lines: list[dict]) -> list[dict]:
-    """Those of the last one's network, images, epochs, batch and probe."""
-    return [x for x in lines if plot.scale_of(x) == plot.scale_of(lines[-1])]
-
-
-def about(lines: list[dict]) -> str:
-    seeds = len({x["seed"] for x in lines})
-    return f"{lines[-1]['images']} images, {lines[-1]['settings']['epochs']} epochs, n = {seeds}"
-
-
 def averaged(row: dict[float, list[float]]) -> list[tuple[float, float, float]]:
     """(x, mean, standard deviation) over the seeds."""
     return [
@@ -294,7 +231,7 @@ def averaged(row: dict[float, list[float]]) -> list[tuple[float, float, float]]:
 # ------------------------------------------------------------ command line
 
 PICTURES = {"views": views, "cells": cells, "neighbours": neighbours}
-CHARTS = {"curves": curves, "fig7": fig7, "grid": grid, "compare": compare}
+CHARTS = {"curves": curves, "compare": compare}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -306,11 +243,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--encoder", choices=("online", "target"), default="online")
     parser.add_argument("--count", type=int, default=8, help="images in a row [8]")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--file", type=Path, help="[results/ablations.jsonl or compare.jsonl]")
+    parser.add_argument("--file", type=Path, default=Path("results/compare.jsonl"))
     parser.add_argument("--out", type=Path, help="[results/figure-<name>.png]")
     args = parser.parse_args(argv)
-    source = "compare" if args.name == "compare" else "ablations"
-    args.file = args.file or Path("results", f"{source}.jsonl")
     out = args.out or Path("results", f"figure-{args.name}.png")
     try:
         if args.count < 1:

@@ -1,10 +1,9 @@
-"""Results to look at: markdown tables, and line charts as PNG drawn with Pillow alone.
+"""Results to look at: cells of markdown tables, line charts, the forest plot of the claims.
 
-Used by ablations.py and figures.py:
-
-    a run's log.jsonl                   -> curve_of   figures by images seen and by seconds
-    lines of results/ablations.jsonl    -> markdown   a table for each dataset
-    panels of {name: [(x, y, spread)]}  -> chart      side by side, one legend below them
+a run's log.jsonl                   -> curve_of   figures by images seen and by seconds
+rows of cells                       -> rows_of    a markdown table
+panels of {name: [(x, y, spread)]}  -> chart      side by side, one legend below them
+rows of differences                 -> forest     means with their intervals around 0
 """
 
 import math
@@ -13,14 +12,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-SHIFTS = ("texture", "shuffle_4x4", "low_pass", "silhouette", "corruption_mean", "shape_share")
-NO_SETTINGS = (  # of a result, or such as scale_of shows
-    "seed", "recipe", "dataset", "data_dir", "output_dir", "texture_bank", "amp", "compile",
-    "workers", "resume", "knn_every", "print_every", "max_steps", "max_hours", "epochs",
-    "batch_size",
-)  # fmt: skip
-MORE = {"table6": ("spread",), "texture": SHIFTS}  # columns beside accuracy
-
+from bench.verdict import Difference
 
 # ------------------------------------------------------------ logs
 
@@ -43,90 +35,6 @@ def curve_of(log: list[dict], batch_size: int) -> list[dict]:
 
 
 # ------------------------------------------------------------ markdown
-
-
-def markdown(table: str, lines: list[dict], order: list[str], paper: dict, encoder: str) -> str:
-    """A table for each dataset and kind of test images; rows in the given order of their labels."""
-    parts = []
-    for key in sorted({(x["dataset"], x["on"]) for x in lines}):
-        group = [x for x in lines if (x["dataset"], x["on"]) == key]
-        kind = {"val": "held-out training images", "test": "test images"}[key[1]]
-        of = "" if table == "encoder" else f"; linear top-1 of the {encoder} encoder"
-        short = len({scale_of(x) for x in group}) == 1  # else each row says all of it
-        common = f" ({scale_of(group[0])})" if short else ""
-        parts.append(f"**{table}: {key[0]}, {kind}{of}**{common}")
-        parts.append(table_of(table, group, order, paper, encoder, short))
-        if table == "grid":
-            parts.append(curves_of(group))
-    return "\n\n".join(parts)
-
-
-def table_of(
-    table: str, lines: list[dict], order: list[str], paper: dict, encoder: str, short: bool
-) -> str:
-    """Mean and standard deviation over the seeds, a row for each label and scale."""
-    rows: dict[tuple, list[dict]] = {}
-    every = table == "encoder"  # of each run
-    for label in order if every else dict.fromkeys(x["rows"][table] for x in lines):
-        place = order.index(label) if label in order else len(order)
-        group = [x for x in lines if every or x["rows"][table] == label]
-        for line in group:
-            scale = (line["scale"] if short else scale_of(line)) + unlike(line, group)
-            rows.setdefault((line["scale"], place, label, scale), []).append(line)
-    more = [name for name in MORE.get(table, ()) if any(figure(x, name, encoder) for x in lines)]
-    cells = [["setting", "paper", "ours", "kNN", *more, "n", "scale"]]
-    for (_, place, label, scale), runs in sorted(rows.items()):
-        of = label if table == "encoder" else encoder
-        done = [x for x in runs if "error" not in x]
-        shown = [mean_std(figure(x, name, of) for x in done) for name in ("top1", "knn", *more)]
-        cells.append([label, paper_figure(paper, runs[0], place), *shown, count_of(runs), scale])
-    return rows_of(cells)
-
-
-def figure(line: dict, name: str, encoder: str) -> float | None:
-    """One figure of a line, None where it was not measured."""
-    if name == "top1":
-        return line["linear"].get(encoder, {}).get("top1")
-    if name == "knn":
-        return line.get({"online": "knn", "target": "knn_target"}.get(encoder))
-    shifts = line.get("shifts", {})
-    return {**shifts.get("conflict", {}), **shifts, **line}.get(name)
-
-
-def curves_of(lines: list[dict]) -> str:
-    """kNN of every row after the same numbers of images, and the seconds of training it took."""
-    rows: dict[str, dict[int, list[dict]]] = {}
-    for line in lines:
-        for at in line["curve"]:
-            rows.setdefault(line["rows"]["grid"], {}).setdefault(at["images"], []).append(at)
-    cells = [["images seen", *(f"{row}: {k}" for row in rows for k in ("kNN", "seconds"))]]
-    for images in sorted({n for row in rows.values() for n in row}):
-        points = [row.get(images, []) for row in rows.values()]
-        figures = [mean_std(p.get(k) for p in at) for at in points for k in ("knn", "seconds")]
-        cells.append([str(images), *figures])
-    return rows_of(cells)
-
-
-def paper_figure(paper: dict, line: dict, place: int) -> str:
-    """The paper's figure for a row; of another dataset, and then named, if it has none for this."""
-    source = line["dataset"] if line["dataset"] in paper else next(iter(paper), None)
-    if source is None or place >= len(paper[source]) or paper[source][place] is None:
-        return ""
-    return f"{paper[source][place]:.2f}" + f" ({source})" * (source != line["dataset"])
-
-
-def scale_of(line: dict) -> str:
-    s = line["settings"]
-    net = f"{s['arch'].replace('resnet', 'ResNet-')} of width {s['width']}"
-    return (f"{line['scale']}: {net}, dim {s['dim']}, {line['images']} images, {s['epochs']} "
-            f"epochs, batch {s['batch_size']}; {line.get('probe', 'no')} probe")  # fmt: skip
-
-
-def unlike(line: dict, others: list[dict]) -> str:
-    """Settings in which lines of one label differ: then they are not repetitions of one run."""
-    s = {k: v for k, v in line["settings"].items() if k not in NO_SETTINGS}
-    differ = [k for k in s if len({x["settings"].get(k) for x in others}) > 1]
-    return "".join(f"; {k} {s[k]}" for k in differ)
 
 
 def mean_std(values) -> str:
@@ -240,3 +148,46 @@ def ticks(low: float, high: float, most: int = 7) -> list[float]:
     step = next(s for s in steps if span / s <= most - 1)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(i * step, 10) for i in range(first, max(last, first + 1) + 1)]
+
+
+# ------------------------------------------------------------ differences
+
+
+def forest(panels: dict[str, list[tuple[str, Difference]]], path: str | Path) -> None:
+    """Draw differences with their 95 % intervals around 0, and the single seeds as ticks.
+
+    One panel, with a scale of its own, for each figure; a row is (text, difference). Needs
+    matplotlib (bench/requirements.txt).
+    """
+    from matplotlib.figure import Figure
+
+    colours = {"held": "#009e73", "did not hold": "#d55e00"}
+    heights = [len(rows) for rows in panels.values()]
+    drawing = Figure(figsize=(11, 0.33 * sum(heights) + 0.75 * len(panels)), layout="constrained")
+    axes = drawing.subplots(len(panels), height_ratios=[n + 1 for n in heights], squeeze=False)
+    for axis, (figure, rows) in zip(axes[:, 0], panels.items(), strict=True):
+        for y, (_, d) in enumerate(rows):
+            colour = colours.get(d.verdict, INK)
+            if d.half is not None:
+                axis.errorbar(d.mean, y, xerr=d.half, color=colour, capsize=3, lw=2, zorder=2)
+            face = colour if d.half is not None else "white"  # a hollow point has no interval
+            axis.plot(d.values, [y] * len(d.values), "|", color="#999999", ms=7, zorder=1)
+            if d.mean is not None:
+                axis.plot(d.mean, y, "o", color=colour, mfc=face, zorder=3)
+            note = d.verdict if d.half is not None else f"n = {len(d.values)}: no interval yet"
+            axis.annotate(note, (1.01, y), xycoords=("axes fraction", "data"), va="center",
+                          color=colour, fontsize=9)  # fmt: skip
+        axis.axvline(0, color=INK, lw=1.2, zorder=1)
+        # 0 in the middle, so that a side means the same in every panel
+        ends = [x for _, d in rows for x in (*d.values, (d.mean or 0) + (d.half or 0))]
+        ends += [(d.mean or 0) - (d.half or 0) for _, d in rows]
+        reach = 1.1 * max(map(abs, ends)) or 1
+        axis.set(xlim=(-reach, reach), ylim=(len(rows) - 0.4, -0.6), yticks=range(len(rows)))
+        axis.set_yticklabels([text for text, _ in rows], fontsize=9)
+        axis.set_title(figure, loc="left", fontsize=10, fontweight="bold")
+        axis.set_title("as the paper says \u2192", loc="right", fontsize=9)
+        axis.grid(axis="x", color=GRID)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right", "left"]].set_visible(False)
+        axis.tick_params(axis="y", length=0)
+    drawing.savefig(path, dpi=110)

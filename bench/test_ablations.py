@@ -5,250 +5,263 @@ python -m pytest bench
 
 import dataclasses
 import json
+import re
+import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torchvision.transforms import functional as TF
 
 import eval_linear
 import sacl
-from bench import ablations, figures, plot, shifts
-from test_sacl import folder, log_of, one_thread, refused, tiny  # noqa: F401
+from bench import ablations, figures, plot, probe, runs, shifts, verdict
+from test_sacl import folder, one_thread, refused, tiny  # noqa: F401
 
-# ------------------------------------------------------------ the ablations
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 
-
-@pytest.fixture
-def ablate(folder, tmp_path, monkeypatch):  # noqa: F811
-    """The command on the folder's images at a scale of a second a run; lists the runs trained."""
-    small = dict(arch="resnet18", width=8, dim=16, image_size=16, batch_size=16, epochs=2)
-    small |= dict(print_every=1, knn_every=1000, amp="off", workers=0, texture="none")
-    monkeypatch.setitem(ablations.SCALES, "cpu", (small, 40))
-    trained, train = [], sacl.train
-
-    def counted(cfg):
-        trained.append(Path(cfg.output_dir).name)
-        train(cfg)
-
-    monkeypatch.setattr(sacl, "train", counted)
-    flags = ["--dataset", folder, "--work", tmp_path / "work", "--file", tmp_path / "a.jsonl"]
-    flags += ["--encoders", "online", "--seeds", 1]
-
-    def command(*argv):
-        trained.clear()
-        ablations.main([str(a) for a in (argv[0], *flags, *argv[1:])])
-        return trained.copy()
-
-    command.lines = lambda: sacl.read_log(tmp_path / "a.jsonl")
-    command.runs = tmp_path / "work" / "cpu" / f"{folder.name}-val-40"
-    return command
+# ------------------------------------------------------------ intervals and verdicts
 
 
-@pytest.mark.parametrize("most", [20, None])
-def test_held_out_images_are_neither_trained_on_nor_of_the_test_set(
-    folder, tmp_path, monkeypatch, most  # noqa: F811
-):  # fmt: skip
-    monkeypatch.setitem(ablations.SCALES, "cpu", ({}, most))
-    links = {}
-    for scale in ("cpu", "gpu"):
-        root = Path(ablations.split(str(folder), "", tmp_path, scale, "val"))
-        links[scale] = [
-            {p.resolve() for p in (root / part).rglob("*.png")} for part in ("train", "test")
-        ]
-    (train, held_out), (all_others, held_out_of_all) = links["cpu"], links["gpu"]
-    training = {p for p in folder.resolve().rglob("*.png") if "train" in p.parts}
-    assert len(train) == (most or 44) and len(held_out) == 4  # a tenth of each class
-    assert not train & held_out and held_out == held_out_of_all
-    assert all_others | held_out == training and not all_others & held_out
-    shutil.rmtree(tmp_path / "images")
-    again = Path(ablations.split(str(folder), "", tmp_path, "cpu", "val"))
-    assert {p.resolve() for p in (again / "test").rglob("*.png")} == held_out
+@pytest.mark.parametrize("df, t95, t999", [(1, 12.706, 636.62), (3, 3.182, 12.924),
+                                           (4, 2.776, 8.610), (7, 2.365, 5.408)])  # fmt: skip
+def test_students_tails_are_those_of_published_tables(df, t95, t999):
+    assert verdict.T95[df - 1] == t95
+    assert verdict.student(t95, df) == pytest.approx(0.05, rel=2e-3)
+    assert verdict.student(-t999, df) == pytest.approx(0.001, rel=2e-3)
 
 
-def test_final_figures_are_of_the_datasets_own_test_images(folder, tmp_path):  # noqa: F811
-    root = Path(ablations.split(str(folder), "", tmp_path, "cpu", "test"))
-    found = {p.resolve() for p in (root / "test").rglob("*.png")}
-    assert found == set((folder / "test").resolve().rglob("*.png"))
-    assert ablations.split("cifar100", "", tmp_path, "gpu", "test") == "cifar100"
+def test_the_interval_of_paired_differences_is_students():
+    d = verdict.difference({0: 5.0, 1: 7.0, 2: 6.5}, {0: 4.0, 1: 5.0, 2: 3.5}, planned=3)
+    assert d.values == [1, 2, 3] and d.mean == 2
+    assert d.half == pytest.approx(4.303 / 3**0.5)  # their standard deviation is 1
+    assert d.p == pytest.approx(0.0742, abs=1e-4)  # t = 3.464
+    assert str(d) == "+2.00 (-0.48 to +4.48)" and d.verdict == "no difference shown"
 
 
-def test_an_archive_becomes_the_same_images_as_files(tmp_path, monkeypatch):
-    pixels = torch.randint(256, (12, 3, 32, 32)).byte()
-    data = sacl.Images(pixels, torch.arange(12) % 2, ["apple", "bear"])
-    monkeypatch.setattr(sacl, "load_data", lambda cfg, split: data)
-    root = ablations.as_folder("cifar100", str(tmp_path / "none"), tmp_path)
-    x = TF.pil_to_tensor(Image.open(root / "test" / "bear" / "00003.png"))
-    assert torch.equal(x, pixels[3]) and len(list(root.rglob("*.png"))) == 24
+@pytest.mark.parametrize("values, word", [((1, 2, 1.5), "held"), ((-1, -2, -1.5), "did not hold"),
+                                          ((1, -2, 1.5), "no difference shown")])  # fmt: skip
+def test_a_verdict_is_given_when_all_planned_seeds_are_done_and_not_before(values, word):
+    better, other = dict(enumerate(values)), dict.fromkeys(range(3), 0.0)
+    assert verdict.difference(better, other, planned=3).verdict == word
+    assert verdict.difference(better, other, planned=4).verdict == "none yet: 3 of 4"
+    assert verdict.difference(better, {0: 0.0}, planned=4).half is None
+    assert verdict.difference({}, other, planned=4).mean is None
 
 
-def test_a_run_that_has_its_line_is_not_run_again_also_for_another_table(ablate):
-    assert ablate("encoder") == ["base_seed-0"]
-    assert ablate("encoder") == []
-    others = ["combine-1_seed-0", "combine-3_seed-0", "combine-4_seed-0"]
-    assert ablate("combine") == others  # i = 2 is the run that the other table had
-    lines = ablate.lines()
-    assert len(lines) == 4 and lines[0]["settings"]["combine"] == 1
-    assert lines[-1]["rows"] == {"combine": "i = 4"} and {x["seed"] for x in lines} == {0}
-    shared = next(x for x in lines if x["settings"]["combine"] == 2)
-    assert shared["rows"] == {"encoder": "all", "combine": "i = 2"}
-    assert ablate("encoder", "--seeds", 2) == ["base_seed-1"]
+def test_a_diverged_run_takes_its_pair_out_but_counts_as_done():
+    d = verdict.difference({0: 1.0, 1: None, 2: 2.0}, {0: 0.0, 1: 0.0, 2: 0.0}, planned=3)
+    assert (d.values, d.done) == ([1, 2], 3) and "none yet" not in d.verdict
+    d = verdict.difference({0: None}, {0: 0.0}, planned=1)
+    assert d.verdict.startswith("none yet") and str(d) == ""
 
 
-def test_a_line_holds_the_settings_the_figures_and_where_they_are_from(ablate):
-    ablate("encoder", "--encoders", "online", "target", "--tau", 0.3)
-    (line,) = ablate.lines()
-    out = ablate.runs / "base_seed-0"
-    assert line["settings"]["tau"] == 0.3 and line["settings"]["output_dir"] == ""
-    facts = dict(scale="cpu", on="val", seed=0, images=40, test_images=4, probe="lbfgs")
-    assert {name: line[name] for name in facts} == facts
-    end = sacl.read_log(out / "log.jsonl")[-1]
-    assert (line["knn"], line["knn_target"]) == (end["knn"], end["knn_target"])
-    for encoder in ("online", "target"):
-        result = json.loads((out / f"linear-{encoder}-lbfgs.json").read_text())
-        assert line["linear"][encoder] == {k: result[k] for k in ("top1", "top5")}
-    assert {"torch", "device", "git"} <= set(line["machine"]) and line["curve"][0]["images"] == 0
-    assert not (out / "checkpoint.pth").exists() and (out / "target_backbone.pth").exists()
+def test_holm_steps_down_and_stops_at_the_first_that_fails():
+    assert verdict.holm([0.01, 0.04, 0.03, 0.005]) == [True, False, False, True]
+    assert verdict.holm([0.04, None, 0.02]) == [True, False, True]  # None makes no third of it
+    assert verdict.holm([0.06, 0.001]) == [False, True]
 
 
-def test_an_interrupted_run_leaves_no_line_and_goes_on_from_its_folder(ablate, monkeypatch):
-    whole = sacl.train
-    stopped = lambda cfg: whole(dataclasses.replace(cfg, max_steps=1))  # noqa: E731
-    monkeypatch.setattr(sacl, "train", stopped)
-    assert ablate("combine") == ["combine-1_seed-0"] and ablate.lines() == []
-    monkeypatch.setattr(sacl, "train", whole)
-    assert ablate("encoder", "--max-hours", 1e-9) == [] and ablate.lines() == []
-    ablate("combine")
-    log = sacl.read_log(ablate.runs / "combine-1_seed-0" / "log.jsonl")
-    assert [x["resumed_at"] for x in log if "resumed_at" in x] == [1]
-    assert len(ablate.lines()) == 4
+# ------------------------------------------------------------ the claims
 
 
-def test_what_a_line_lacks_is_measured_without_training_again(ablate, monkeypatch):
-    ablate("encoder")
-    assert ablate("encoder", "--encoders", "target", "--shifts") == []
-    assert set(ablate.lines()[0]["linear"]) == {"online", "target"}
-    assert ablate("encoder", "--shifts") == []
-    (line,) = ablate.lines()
-    assert line["shifts"]["plain"] == line["linear"]["online"]["top1"]
-    asked = []
-    other = {"top1": 1.0, "top5": 5.0, "test_images": 4}
-    monkeypatch.setattr(eval_linear, "evaluate", lambda probe: asked.append(probe.probe) or other)
-    assert ablate("encoder", "--probe", "lars") == [] and asked == ["lars"]
-    assert ablate.lines()[0]["linear"] == {"online": {"top1": 1.0, "top5": 5.0}}
+def test_the_settings_of_a_claim_differ_in_one_thing():
+    one = [{"se"}, {"texture"}, {"grid", "combine"}, {"m"}, {"tau"}, {"epochs"}, {"batch_size"}]
+    one += [{"batch_size", "lr"}]  # sacl.py's rate is in proportion to the batch: lr undoes that
+    for c in ablations.CLAIMS:
+        (a, start, _), (b, other_start, _) = (ablations.SETTINGS[x] for x in (c.better, c.other))
+        a, b = (sacl.Config(dataset="shapes", **x) for x in (a, b))
+        differ = {k for k in vars(a) if vars(a)[k] != vars(b)[k]} - {"knn_every", "given"}
+        assert (differ in one and start == other_start) or "untrained" in (start, other_start)
+        if differ == {"batch_size", "lr"}:
+            assert a.lr * a.batch_size == b.lr * b.batch_size
+    for pair in ablations.OPEN.items():
+        assert set(pair) <= set(ablations.SETTINGS)
 
 
-def test_a_run_that_diverges_is_recorded_as_such(ablate, capsys):
-    assert ablate("encoder", "--lr", 1e30) == ["base_seed-0"]
-    assert "lower --lr" in ablate.lines()[0]["error"]
-    assert "| 0, 1 diverged |" in capsys.readouterr().out
-    assert ablate("encoder", "--lr", 1e30) == []
+def test_the_claims_are_those_of_the_rule():
+    """Number, place and figure of every claim in results/README.md, which came first."""
+    text = (RESULTS / "README.md").read_text()
+    lines = [line for line in text.splitlines() if re.match(r"\| \d", line)]
+    rows = [line.strip("| ").split(" | ") for line in lines]
+    stated = []
+    for number, _, where, _, figure in rows:
+        first, _, last = number.partition("-")
+        stated += [(where, figure)] * (int(last or first) - int(first) + 1)
+    assert len(stated) == len(ablations.CLAIMS)
+    for (where, figure), c in zip(stated, ablations.CLAIMS, strict=True):
+        assert c.where in where and c.figure == figure
 
 
-def made_lines(path, rows):
-    """A file of lines as runs leave them: (table, label, dataset, seed, top-1, more)."""
+def test_the_committed_tables_are_those_of_the_committed_lines():
+    lines = sacl.read_log(RESULTS / "claims.jsonl")
+    assert ablations.tables(lines) == (RESULTS / "claims.md").read_text()
+    runs_done = [(x["label"], x["seed"]) for x in lines]
+    assert len(set(runs_done)) == len(runs_done)
+
+
+def test_the_plain_start_changes_nothing_but_the_scales():
+    cfg = tiny()
+    torch.manual_seed(0)
+    usual = sacl.SACL(cfg).state_dict()
+    torch.manual_seed(0)
+    plain = ablations.plain_start(cfg).state_dict()
+    changed = {k for k in usual if not torch.equal(usual[k], plain[k])}
+    last = {f"{net}.layer{i}.{j}.bn2.weight" for net in ("encoder", "target_encoder")
+            for i in range(1, 5) for j in range(2)}  # fmt: skip
+    assert changed == last and all(bool((plain[k] == 1).all()) for k in last)
+
+
+def made_lines(seeds):
+    """Lines as runs leave them, with a top-1 of 80 plus the seed's own part; base has 2 more."""
+    shifted = {"conflict": {"shape_share": 10.0}, "corruption_mean": 30.0}
+    shifted |= dict.fromkeys(("texture", "shuffle_4x4", "low_pass", "silhouette"), 9.0)
+    figures = {"top5": 99.0, "knn": 60.0, "knn_target": 61.0, "uniformity": 1.0}
+    figures |= {"shifts": shifted, "cpu_seconds": {"train": 600}, "machine": {"cpu": "toy"}}
     lines = []
-    for table, label, dataset, seed, top1, more in rows:
-        given = dict(arch="resnet18", width=8, dim=16, epochs=2)
-        settings = dataclasses.asdict(sacl.Config(dataset=dataset, seed=seed, **given))
-        settings |= more.pop("settings", {})
-        line = {"rows": {table: label}, "scale": "cpu", "dataset": dataset, "on": "val"}
-        line |= {"seed": seed, "images": 100, "probe": "lbfgs", "knn": top1 - 5, "spread": 0.5}
-        curve = [{"images": n, "seconds": n / 100, "knn": n / 10} for n in (0, 100, 200)]
-        line |= {"linear": {"online": {"top1": top1, "top5": 50.0}}, "curve": curve}
-        lines.append(line | {"settings": settings} | more)
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for label, setting in ablations.SETTINGS.items():
+        for seed in range(min(seeds, setting.seeds)):
+            top1 = 80 + seed + (2 + 0.1 * seed) * (label == "base")
+            line = {"label": label, "seed": seed, "top1": top1, "knn_curve": [50.0, 60.0]}
+            lines.append(figures | line)
+    return lines
 
 
-def test_the_table_is_mean_and_deviation_of_the_lines_beside_the_papers_figure(tmp_path, capsys):
-    file = tmp_path / "a.jsonl"
-    rows = [("table6", "m = 0.9", "cifar100", seed, top1, {}) for seed, top1 in ((0, 18), (1, 22))]
-    rows += [("table6", "m = 0.5", "cifar100", 0, 7, {})]
-    rows += [("table6", "m = 0.9", "cifar100", 2, 90, {"error": "nan"})]
-    rows += [("table6", "m = 0.9", "cifar100", 0, 60, {"scale": "gpu", "images": 45000})]
-    made_lines(file, rows)
-    ablations.main(["table6", "--table", "--file", str(file)])
-    text = capsys.readouterr().out
-    scale = "ResNet-18 of width 8, dim 16, {} images, 2 epochs, batch 128; lbfgs probe |"
-    small, large = "cpu: " + scale.format(100), "gpu: " + scale.format(45000)
-    assert "| m = 0.5 | 0.00 (imagenet100) | 7.00 | 2.00 | 0.50 | 1 | " + small in text
-    both = "20.00 ± 2.83 | 15.00 ± 2.83 | 0.50 ± 0.00 | 2, 1 diverged | "
-    assert "| m = 0.9 | 66.17 (imagenet100) | " + both + small in text
-    assert "| m = 0.9 | 66.17 (imagenet100) | 60.00 | 55.00 | 0.50 | 1 | " + large in text
-    assert text.index("m = 0.5") < text.index("m = 0.9") and "held-out training images" in text
-    made_lines(file, rows[:3])  # where all rows have one scale, the caption says it
-    ablations.main(["table6", "--table", "--file", str(file)])
-    text = capsys.readouterr().out
-    assert "(cpu: " + scale.format(100).removesuffix(" |") + ")" in text
-    assert "| m = 0.5 | 0.00 (imagenet100) | 7.00 | 2.00 | 0.50 | 1 | cpu |" in text
-    lines = sacl.read_log(file)  # of one row, but not repetitions of one run
-    lines[1]["settings"]["crop_min"] = 0.08
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    ablations.main(["table6", "--table", "--file", str(file)])
-    text = capsys.readouterr().out
-    assert "| 18.00 | 13.00 | 0.50 | 1 | cpu; crop_min 0.2 |" in text
-    assert "| 22.00 | 17.00 | 0.50 | 1 | cpu; crop_min 0.08 |" in text
+def test_the_tables_show_differences_verdicts_and_what_diverged():
+    lines = made_lines(8)
+    i = next(i for i, x in enumerate(lines) if (x["label"], x["seed"]) == ("tau = 1", 3))
+    lines[i] = {"label": "tau = 1", "seed": 3, "error": "the loss is nan", "machine": {}}
+    text = ablations.tables(lines)
+    gate = "base minus no gate | linear top-1 | +2.35 (+2.15 to +2.55) | 8 | held | yes |"
+    assert gate in text
+    assert "| 7 | held; tau = 1, seed 3 diverged | yes |" in text
+    assert "| tau = 1 | 83.57 ± 2.64 |" in text and "| 10.00 ± 0.00 | 7, 1 diverged |" in text
+    text = ablations.tables(made_lines(3))
+    assert (
+        "base minus no gate | linear top-1 | +2.10 (+1.85 to +2.35) | 3 | none yet: 3 of 8 |  |"
+        in text
+    )
 
 
-def test_a_recipe_is_the_settings_that_it_implies():
-    """So that the search's runs serve the table that compares recipes."""
-    varied = ablations.tables(8)["recipe"]["tuned"]
-    tuned = sacl.Config(dataset="cifar100", epochs=8, **varied)
-    spelled = {k: getattr(tuned, k) for k in {**sacl.PRESETS["tuned"], **varied}}
-    spelled = sacl.Config(dataset="cifar100", epochs=8, **spelled | {"recipe": "paper"})
-    line = {"settings": ablations.comparable(spelled), "scale": "cpu"}
-    assert ablations.same(line, tuned, {"scale": "cpu"})
-    other = dataclasses.replace(tuned, tau=0.7)
-    assert not ablations.same(line, other, {"scale": "cpu"})
+@pytest.mark.parametrize("seeds", [1, 8])
+def test_the_forest_plot_is_drawn_with_any_number_of_lines(tmp_path, seeds):
+    pytest.importorskip("matplotlib", reason="bench/requirements.txt is not installed")
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(x) + "\n" for x in made_lines(seeds)))
+    ablations.main(["--file", str(tmp_path / "a.jsonl"), "--plot", str(tmp_path / "f.png")])
+    held = tuple(bytes.fromhex("009e73"))
+    assert (held in colours_of(tmp_path / "f.png")) == (seeds == 8)
 
 
-def test_every_table_of_the_paper_has_a_row_for_each_of_its_figures():
-    for table, figures_of in ablations.PAPER.items():
-        for row in figures_of.values():
-            assert len(row) <= len(ablations.tables(200)[table])
-    for rows in ablations.tables(200).values():
-        for varied in rows.values():  # all are settings that sacl.py takes
-            sacl.Config(**{"dataset": "cifar100", "epochs": 200, **varied})
-    assert ablations.base_settings("gpu", "cifar100", {}) == {"image_size": 32, "epochs": 200}
+# ------------------------------------------------------------ the runs
 
 
-def test_the_tuned_combination_takes_what_helped_at_every_seed_and_the_best_of_a_field():
-    rows = {"paper": {}, "warm-up": {"warmup_epochs": 1}, "tau 0.1": {"tau": 0.1}}
-    rows |= {"crop_min 0.1": {"crop_min": 0.1}, "crop_min 0.4": {"crop_min": 0.4}}
-    top1 = {"paper": (10, 12), "warm-up": (11, 14), "tau 0.1": (20, 11)}
-    top1 |= {"crop_min 0.1": (12, 14), "crop_min 0.4": (13, 15)}
-    found = {k: [{"linear": {"online": {"top1": x}}} for x in v] for k, v in top1.items()}
-    label, varied = ablations.together(found, rows)
-    assert varied == {"warmup_epochs": 1, "crop_min": 0.4} and "tau" not in label
-    found["warm-up"] = found["paper"]
-    assert ablations.together(found, rows)[1] == {}  # one alone is no combination
+def test_a_run_leaves_one_line_with_figures_settings_and_machine(folder, tmp_path):  # noqa: F811
+    cfg = tiny(folder, output_dir=str(tmp_path / "a"), epochs=2, knn_every=1, tau=0.5, seed=3)
+    for _ in range(2):  # the second finds the line
+        runs.run("warm", cfg, tmp_path / "r.jsonl", start="usual")
+    (line,) = sacl.read_log(tmp_path / "r.jsonl")
+    assert (line["label"], line["seed"], line["start"]) == ("warm", 3, "usual")
+    assert line["settings"]["tau"] == 0.5 and not {"seed", "m", "output_dir"} & set(
+        line["settings"]
+    )
+    end = [x for x in sacl.read_log(tmp_path / "a" / "log.jsonl") if "knn" in x]
+    assert line["knn_curve"] == [x["knn"] for x in end[1:]]  # without the untrained encoder's
+    assert (line["knn"], line["knn_target"]) == (end[-1]["knn"], end[-1]["knn_target"])
+    assert line["top1"] == 100 and {"torch", "cpu", "git"} <= set(line["machine"])
+    assert set(line["cpu_seconds"]) == {"train", "evaluate"}
+    assert (tmp_path / "a" / "backbone.pth").exists()
+    assert not (tmp_path / "a" / "checkpoint.pth").exists()
 
 
-def test_rows_are_chosen_by_their_labels_and_others_refused(monkeypatch, tmp_path, capsys):
-    labels = []
-    monkeypatch.setattr(ablations, "run", lambda table, label, *_: labels.append(label) or {})
-    file = ["--file", str(tmp_path / "a.jsonl"), "--work", str(tmp_path)]
-    ablations.main(["texture", "--rows", "none", "positive", *file])
-    assert labels == ["none", "positive"] * 2  # two seeds
-    labels.clear()
-    monkeypatch.setattr(ablations, "split", lambda *_: "cifar100")
-    ablations.main(["tuned", "--rows", "tau 0.1", *file])  # with nothing to be compared with
-    assert labels == ["tau 0.1"] * 2
-    with pytest.raises(SystemExit):
-        ablations.main(["texture", "--rows", "nought", *file])
-    assert "'nought'" in capsys.readouterr().err
+def test_an_untrained_encoder_is_the_one_that_training_would_start_from(folder, tmp_path):  # noqa: F811
+    cfg = tiny(folder, output_dir=str(tmp_path / "a"), knn_every=1, epochs=1)
+    runs.run("untrained", cfg, tmp_path / "r.jsonl", build=None)
+    sacl.train(cfg)
+    (line,) = sacl.read_log(tmp_path / "r.jsonl")
+    start = next(x for x in sacl.read_log(tmp_path / "a" / "log.jsonl") if "knn" in x)
+    assert line["knn"] == start["knn"] and "knn_curve" not in line
 
 
-def test_flags_that_ablations_set_themselves_are_refused_by_name(tmp_path):
-    files = ["--work", tmp_path / "work", "--file", tmp_path / "a.jsonl"]
-    bad = [("table6", "--m", 0.5), ("table4", "--seed", 1), ("fig7", "--seeds", 0)]
-    bad += [("grid", "--output-dir", "a"), ("table4", "--dataset", "stl10")]
-    bad += [("table4", "--dataset", tmp_path / "none")]
-    for table, flag, value in bad:
-        assert flag in refused(table, flag, value, *files, program=ablations)
+def test_an_interrupted_run_goes_on_and_owns_up_to_unknown_seconds(folder, tmp_path):  # noqa: F811
+    cfg = tiny(folder, output_dir=str(tmp_path / "a"))
+    sacl.train(dataclasses.replace(cfg, max_steps=1))
+    runs.run("base", cfg, tmp_path / "r.jsonl")
+    log = sacl.read_log(tmp_path / "a" / "log.jsonl")
+    assert [x["resumed_at"] for x in log if "resumed_at" in x] == [1]
+    assert sacl.read_log(tmp_path / "r.jsonl")[0]["cpu_seconds"]["train"] is None
+
+
+def test_a_run_that_diverges_is_recorded_and_not_repeated(folder, tmp_path):  # noqa: F811
+    cfg = tiny(folder, output_dir=str(tmp_path / "a"), lr=1e30)
+    for _ in range(2):
+        runs.run("base", cfg, tmp_path / "r.jsonl")
+    (line,) = sacl.read_log(tmp_path / "r.jsonl")
+    assert "lower --lr" in line["error"] and "top1" not in line
+
+
+def test_two_processes_never_do_the_same_run(folder, tmp_path):  # noqa: F811
+    """While another process holds a run it is passed over; a killed process holds none."""
+    cfg = tiny(folder, output_dir=str(tmp_path / "a"), epochs=1)
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); "
+    hold += "print('held', flush=True); sys.stdin.read()"
+    other = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path / "a.lock")],
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+    assert other.stdout.readline() == b"held\n"
+    runs.run("base", cfg, tmp_path / "r.jsonl")
+    assert not (tmp_path / "r.jsonl").exists()
+    other.kill()
+    other.wait()
+    runs.run("base", cfg, tmp_path / "r.jsonl")
+    assert len(sacl.read_log(tmp_path / "r.jsonl")) == 1
+
+
+def test_every_setting_is_run_once_a_seed_as_its_command_says(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        runs, "run", lambda label, cfg, *_, **facts: asked.append((label, cfg, facts))
+    )
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    files = ["--file", str(tmp_path / "r.jsonl"), "--work", str(tmp_path)]
+    ablations.main(["--seeds", "0", "5", *files])
+    assert len(asked) == 2 * len(ablations.SETTINGS) - 2  # 2 and 4 times the epochs: seeds 0 to 3
+    assert len({cfg.output_dir for _, cfg, _ in asked}) == len(asked)
+    label, cfg, facts = asked[1]
+    words = shlex.split(facts["command"])
+    asked.clear()
+    ablations.main([*words[2:], *files])
+    assert words[:2] == ["python", "bench/ablations.py"] and asked == [(label, cfg, facts)]
+    assert "nought" in refused("--rows", "nought", program=ablations)
+
+
+# ------------------------------------------------------------ the probe
+
+
+def test_the_probe_finds_the_minimum_and_takes_features_as_they_are():
+    g = torch.Generator().manual_seed(0)
+    labels = torch.arange(300) % 3
+    x = torch.randn(300, 5, generator=g) * torch.tensor([1, 9, 0.1, 1, 1]) + 7
+    x[:, 0] += 2 * labels
+    head, choice = probe.fit(x, labels, 3)
+    assert choice["l2"] in probe.L2S and 60 < choice["held_out_top1"] <= 100
+    scaled = (x - x.mean(0)) / (x.std(0) + 1e-6)
+    weight = (head.weight * (x.std(0) + 1e-6)).detach().requires_grad_()
+    bias = (head.bias + head.weight @ x.mean(0)).detach().requires_grad_()
+    loss = F.cross_entropy(scaled @ weight.T + bias, labels) + choice["l2"] * weight.square().sum()
+    gradients = torch.autograd.grad(loss, [weight, bias])
+    assert all(gradient.abs().max() < 1e-3 for gradient in gradients)
+    assert probe.accuracy(head(x), labels, 1) > 75 and probe.accuracy(head(x), labels, 3) == 100
+
+
+def test_uniformity_is_0_for_one_point_and_larger_for_spread_features():
+    g = torch.Generator().manual_seed(0)
+    spread = torch.randn(200, 64, generator=g)
+    assert runs.uniformity(torch.ones(20, 8)) == pytest.approx(0, abs=1e-5)
+    assert 3.5 < runs.uniformity(spread) < 4.1  # all distances near 2^0.5: -log exp(-4)
+    assert runs.uniformity(spread + 2) < 1
 
 
 # ------------------------------------------------------------ shifted images
@@ -436,20 +449,3 @@ def test_figures_of_runs_show_every_run_and_frame_right_neighbours_green(folder,
     assert figures.RIGHT in hexes  # bright and dark are told apart by any features
     assert "RUN_DIR" in refused("curves", program=figures)
     assert "not a run" in refused("curves", folder, program=figures)
-
-
-def test_figures_of_tables_are_drawn_from_their_lines(tmp_path):
-    file, out = tmp_path / "a.jsonl", tmp_path / "f.png"
-    rows = [
-        ("fig7", f"tau = {tau:g}", dataset, seed, 10 + seed, {"settings": {"tau": tau}})
-        for tau in (0.1, 0.5) for dataset in ("cifar10", "cifar100") for seed in (0, 1)
-    ]  # fmt: skip
-    rows += [("grid", label, "cifar100", 0, 9, {}) for label in ("2 x 2 cells", "no grid")]
-    made_lines(file, rows)
-    for name in ("fig7", "grid"):
-        figures.main([name, "--file", str(file), "--out", str(out)])
-        assert Image.open(out).width == 2 * plot.WIDTH
-    panels = figures.fig7(type("Args", (), {"file": file}))
-    low, high = panels[0]["lines"]["linear top-1, online"]
-    assert low == (0.1, 10.5, pytest.approx(0.5**0.5)) and high[0] == 0.5
-    assert "no run of fig7" in refused("fig7", "--file", tmp_path / "no", program=figures)
