@@ -911,7 +911,9 @@ def run_epochs(cfg: Config, build, train_set, test_set, bank, device) -> nn.Modu
     start = step = saved.get("step", 0)
     earlier, epoch_loss = saved.get("seconds", 0.0), saved.get("epoch_loss", 0.0)
     last = min(total, step + cfg.max_steps) if cfg.max_steps else total
-    textures = make_textures(train_set, cfg, step // steps) if bank is None else bank
+    textures = bank
+    if bank is None and step < last:  # a finished run needs none
+        textures = make_textures(train_set, cfg, step // steps)
     monitor = knn_monitor if rank() == 0 and monitored(cfg, train_set, test_set) else None
     if rank() == 0:
         if saved:
