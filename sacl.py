@@ -8,26 +8,26 @@ J. Chen, Q. Lü, B. Xie, J. Sun: "Semantic Contrastive Learning Algorithm Based 
 Mechanism", J. Shanxi Univ. (Nat. Sci.) 47(1):81-92, 2024, doi:10.13451/j.sxu.ns.2023142.
 To be read beside the paper's Section 2, or beside PAPER.md, which retells it in English.
 
-    x                       -> x1, x2  two weak views of each image   (N, 3, H, W)      Sec. 2.1
+    x                       -> x1, x2  two weak views of each image   (N, 3, H, W)      Algorithm 1
     texture of x            -> xt      strong view, synthesised       (N, 3, H, W)      Sec. 2.1
     online  x1 -> split     -> cells   2 x 2 grid                     (G, N, 3, h, w)   Sec. 2.2
             cells -> encode -> h       SE-ResNet-50                   (G, N, C)         Eq. (1)
             h -> combine    -> e       mean of every i of G cells     (M, N, C)         Eq. (2)
             e -> project, predict -> q1   two MLPs                    (M, N, D)         Sec. 3.2
     target  x2 -> encode, project -> k2   EMA weights, whole view     (N, D)            Sec. 2.4
-            xt -> encode, project -> kt   one more negative a query   (N, D)            Sec. 0
+            xt -> encode, project -> kt   one more negative per query (N, D)            Sec. 0
     loss    mean of InfoNCE(q1; k2, kt) and InfoNCE(q2; k1, kt)                         Eq. (8)-(10)
     target <- m target + (1 - m) online                                                 Eq. (6), (7)
 
     N images, G = grid^2 cells, M = C(G, i) combinations, C encoder width, D embedding width,
-    K keys: the N of every GPU.
+    K = N x GPUs keys.
 
 Script    python sacl.py                          an embedded demo, minutes on a CPU
           python sacl.py --dataset cifar100       the paper's settings (Section 3.2)
 2 GPUs    torchrun --standalone --nproc_per_node=2 sacl.py --dataset cifar100
 Notebook  paste this file into a cell (nothing runs), then train(Config(dataset="cifar100"))
 
-Comments that begin with `paper:` name the paper's choice, `ours:` one that it leaves open.
+`ours` marks a decision of this project; the rest follows the section or equation that is cited.
 """
 
 import argparse
@@ -102,11 +102,11 @@ class Config:
     tau: float = 0.2  # temperature
     m: float = 0.99  # momentum of the target; best of Table 6; Sec. 2.4 says 0.999
     m_schedule: Literal["constant", "cosine"] = "constant"  # cosine: from m to 1
-    texture: Literal["negative", "positive", "none"] = "negative"  # abstract, Sec. 0; or Sec. 2.5
+    texture: Literal["negative", "positive", "none"] = "negative"  # Sec. 0 | Sec. 2.5 | Algorithm 1
     texture_alpha: float = 1.0  # ours: weight of the texture's similarity
     texture_negatives: Literal["own", "batch"] = "own"  # ours: each image's own texture, or all
     texture_seeds: int = 0  # ours: side of the lattice textures grow from; 0: by size, 3 at 32 px
-    texture_bank: str = ""  # file of textures, for images over 96 px; made on first use
+    texture_bank: str = ""  # file of textures, for images over 96 px (CPU: 64); made on first use
     negatives: Literal["cross", "eq10"] = "cross"  # Algorithm 1, or also the same view's keys
     # views (Sec. 3.2)
     weak: Literal["common", "geometric"] = "common"  # ours: what "weak augmentation" is
@@ -121,7 +121,7 @@ class Config:
     seed: int = 0
     # run
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # bf16 or fp16 on a GPU, off on a CPU
-    compile: Literal["auto", "on", "off"] = "auto"  # auto: for long runs on one GPU from 8.0 on
+    compile: Literal["auto", "on", "off"] = "auto"  # auto: long runs on one GPU, capability 8.0 on
     knn_every: int = 10  # epochs between kNN monitors; 0: never
     print_every: int = 50  # steps between log lines
     max_steps: int = 0  # stop, resumable, after this many steps; 0: no limit
@@ -326,7 +326,7 @@ def info_nce(
         elif kt is not None:
             sim.append(alpha * (q @ gather(unit(kt)).T))  # (M, N, K)
         if k_same is not None:
-            same = q @ gather(unit(k_same)).T  # (M, N, K), without 1[k = v] of Eq. (10):
+            same = q @ gather(unit(k_same)).T  # (M, N, K); Eq. (10) leaves k = v out
             sim.append(same.masked_fill(F.one_hot(label, same.shape[-1]).bool(), -math.inf))
         logits = torch.cat(sim, dim=-1) / tau  # (M, N, columns)
         return F.cross_entropy(logits.flatten(0, 1), label.repeat(len(q)))  # over M N rows

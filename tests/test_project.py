@@ -124,7 +124,8 @@ def test_every_numbered_equation_stands_in_sacl_py():
 
 def test_nothing_names_the_place_where_it_was_built():
     """Results are left out: a log may say where it was written."""
-    kinds, words = {".py", ".md", ".sh", ".toml", ".txt", ".yml", ".cff"}, ("../" + "shared", "/" + "work/")
+    kinds = {".py", ".md", ".sh", ".toml", ".txt", ".yml", ".cff"}
+    words = ("../" + "shared", "/" + "work/")
     skipped = {".git", ".venv", "results", "runs", "data", "__pycache__"}
     for path in [p for p in HERE.rglob("*") if p.is_file() and p.suffix in kinds]:
         if not skipped & set(path.relative_to(HERE).parts):
