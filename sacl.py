@@ -296,8 +296,7 @@ def combine(h: Tensor, pick: int) -> Tensor:
     M = C(G, pick), in the order of itertools.combinations. The cells are averaged as they are:
     neither concatenated nor normalised.
     """
-    cells = list(itertools.combinations(range(len(h)), pick))
-    means = [torch.stack([h[a] for a in c]).mean(0) for c in cells]  # a list as index would sync
+    means = [torch.stack(cells).mean(0) for cells in itertools.combinations(h, pick)]  # (N, C) each
     return torch.stack(means)  # (M, N, C)
 
 
@@ -401,7 +400,7 @@ class Block(nn.Module):
         super().__init__()
         c_out = c_mid * self.expansion
         self.placement = se
-        self.downsample = None  # torchvision's name for the shortcut's projection
+        self.downsample = nn.Identity()  # the shortcut, by torchvision's name
         if stride != 1 or c_in != c_out:
             conv = nn.Conv2d(c_in, c_out, 1, stride, bias=False)
             self.downsample = nn.Sequential(conv, nn.BatchNorm2d(c_out))
@@ -409,16 +408,13 @@ class Block(nn.Module):
         if se != "none":
             self.se = SE(c_in if se == "pre" else c_out, reduction)
 
-    def shortcut(self, x: Tensor) -> Tensor:
-        return x if self.downsample is None else self.downsample(x)
-
     def gate(self, place: str, x: Tensor) -> Tensor:
         return self.se(x) if self.placement == place else x
 
     def forward(self, x: Tensor) -> Tensor:
         """Fig. 6: of the four gates at most one is there; the others leave x as it is."""
         f = self.gate("standard", self.residual(self.gate("pre", x)))
-        return self.gate("post", F.relu(f + self.gate("identity", self.shortcut(x))))
+        return self.gate("post", F.relu(f + self.gate("identity", self.downsample(x))))
 
 
 class BasicBlock(Block):

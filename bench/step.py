@@ -147,7 +147,7 @@ def fused_standard(block: sacl.Block, x: Tensor) -> Tensor:
     s = block.se.fc2(F.relu(block.se.fc1(squeeze))).sigmoid().to(full)  # (N, C)
     u = u * (scale * s)[:, :, None, None] + (shift * s)[:, :, None, None]
     # backward keeps what ReLU returns: in 32 bits that would cost more than all this saves
-    return F.relu((u + block.shortcut(x)).to(x.dtype))
+    return F.relu((u + block.downsample(x)).to(x.dtype))
 
 
 class Bare(Step):
