@@ -866,9 +866,12 @@ def train(cfg: Config | None = None, build: Callable[[Config], nn.Module] = SACL
     device = choose_device()
     join_group(device)
     try:
-        with local_rank_zero_first():  # it downloads, decodes, makes a bank; the others find them
-            train_set, test_set = load_data(cfg, "train"), load_data(cfg, "test")
-            bank = make_textures(train_set, cfg, 0) if cfg.texture_bank else None
+        if local_rank() > 0:  # a machine's first process downloads, decodes, makes a bank
+            dist.barrier()
+        train_set, test_set = load_data(cfg, "train"), load_data(cfg, "test")
+        bank = make_textures(train_set, cfg, 0) if cfg.texture_bank else None
+        if world_size() > 1 and local_rank() == 0:  # the others find all that
+            dist.barrier()
         with claim(Path(cfg.output_dir, "lock")) if rank() == 0 else contextlib.nullcontext():
             return run_epochs(cfg, build, train_set, test_set, bank, device)
     finally:
@@ -1110,29 +1113,15 @@ def choose_device() -> torch.device:
 def join_group(device: torch.device) -> None:
     """Join torchrun's processes. WORLD_SIZE alone, as clusters leave it behind, means nothing."""
     if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
-        gpu = device.type == "cuda"
+        backend, gpu = ("nccl", device) if device.type == "cuda" else ("gloo", None)
         # the others wait while rank 0 decodes or evaluates, perhaps for more than the usual 10 min
-        dist.init_process_group(
-            "nccl" if gpu else "gloo",
-            timeout=datetime.timedelta(hours=2),
-            device_id=device if gpu else None,
-        )
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2), device_id=gpu)
         if not gpu:
             say("on CPUs, BatchNorm takes its statistics from each process's own images")
 
 
 def local_rank() -> int:
     return int(os.environ["LOCAL_RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0
-
-
-@contextlib.contextmanager
-def local_rank_zero_first() -> Iterator[None]:
-    """The other processes of a machine wait until its first one is through."""
-    if world_size() > 1 and local_rank() > 0:
-        dist.barrier()
-    yield
-    if world_size() > 1 and local_rank() == 0:
-        dist.barrier()
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:
