@@ -927,26 +927,23 @@ def run_epochs(cfg: Config, build, train_set, test_set, bank, device) -> nn.Modu
             write_log(
                 out, {"epoch": 0, "step": 0, **monitor(before, cfg, train_set, test_set, device)}
             )
-    model = compiled(raw, cfg, dtype, last - step)
-    if world > 1:
-        model = nn.parallel.DistributedDataParallel(raw)
+    compile_model(raw, cfg, dtype, last - step)
+    model = nn.parallel.DistributedDataParallel(raw) if world > 1 else raw
 
-    order = epoch_order(len(images), cfg, step // steps)[:, rank() :: world]
     loss_sum, counted = torch.zeros((), device=device), 0  # since the last log line
     last_log = last_save = time.perf_counter()
     while step < last:
         epoch, place = divmod(step, steps)
-        if place == 0 and step > start:
+        if place == 0 or step == start:
             order = epoch_order(len(images), cfg, epoch)[:, rank() :: world]
-            if epoch % TEXTURE_EPOCHS == 0 and bank is None:
-                textures = None  # the old ones make room first
-                textures = make_textures(train_set, cfg, epoch)
+        if step % (TEXTURE_EPOCHS * steps) == 0 and step > start and bank is None:
+            textures = None  # the old ones make room first
+            textures = make_textures(train_set, cfg, epoch)
         # a step draws from (seed, step, rank) alone: a resumed run needs no saved RNG state
         torch.manual_seed((cfg.seed * 1_000_003 + step) * 1024 + rank())
         lr = cfg.lr * cfg.batch_size / 128 * cosine(step, total, warmup)
         m = cfg.m if cfg.m_schedule == "constant" else 1 - (1 - cfg.m) * cosine(step, total)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        optimizer.param_groups[0]["lr"] = lr
 
         index = order[place]
         x = take(images, index, device)
@@ -965,7 +962,10 @@ def run_epochs(cfg: Config, build, train_set, test_set, bank, device) -> nn.Modu
         if step % cfg.print_every and step % steps and step != last:
             continue
         late = torch.tensor(0 < cfg.max_hours * 3600 <= time.perf_counter() - began, device=device)
-        mean, late = mean_over_ranks(torch.stack([loss_sum / counted, late])).tolist()  # syncs
+        sums = torch.stack([loss_sum / counted, late])
+        if world > 1:
+            dist.all_reduce(sums)
+        mean, late = (sums / world).tolist()  # over the processes; syncs
         if not math.isfinite(mean):
             amp_off = ", or go on from there with --amp off" * (dtype != torch.float32)
             raise FloatingPointError(
@@ -1006,8 +1006,10 @@ def run_epochs(cfg: Config, build, train_set, test_set, bank, device) -> nn.Modu
 def explain_demo(out: Path, device: torch.device) -> None:
     """What the demo has shown, and what to do next, in five lines."""
     figures = [line for line in read_log(out / "log.jsonl") if "knn" in line]
-    first, last = (figures[0], figures[-1]) if figures else ({}, {})
-    pixels, before, after = first.get("pixels"), first.get("knn"), last.get("knn")
+    if figures:
+        first, last = figures[0], figures[-1]
+        say(f"learned: {last['knn']} % of test images find their class by nearest neighbours; "
+            f"before training {first['knn']} %, by raw pixels {first.get('pixels')} %")  # fmt: skip
     paper, n = Config(dataset="cifar100"), 128 if device.type == "cuda" else 8
     model, dtype = SACL(paper).to(device), precision(paper, device)
     x = torch.randint(256, (n, 3, 32, 32), device=device).byte()
@@ -1019,9 +1021,6 @@ def explain_demo(out: Path, device: torch.device) -> None:
         loss.backward()
         loss.item()
         hours = (time.perf_counter() - began) / n * 50_000 * paper.epochs / 3600
-    if after is not None:
-        say(f"learned: {after} % of test images find their class by nearest neighbours; before "
-            f"training {before} %, by raw pixels {pixels} %")  # fmt: skip
     say(f"the encoder: {out}/backbone.pth")
     say(f"linear evaluation: python eval_linear.py {out} --probe lbfgs")
     say("your own images: python sacl.py --dataset FOLDER --image-size 64 --arch resnet18")
@@ -1051,8 +1050,8 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
-def compiled(model: nn.Module, cfg: Config, dtype: torch.dtype, steps: int) -> nn.Module:
-    """The model, set to be compiled at its first step where that is asked for or repays itself."""
+def compile_model(model: nn.Module, cfg: Config, dtype: torch.dtype, steps: int) -> None:
+    """Set it to be compiled at its first step where that is asked for or repays itself."""
     gpu = dtype == torch.bfloat16 and torch.cuda.is_available()
     pays = gpu and steps > 3000 and world_size() == 1
     if cfg.compile == "on" or (cfg.compile == "auto" and pays):
@@ -1060,7 +1059,6 @@ def compiled(model: nn.Module, cfg: Config, dtype: torch.dtype, steps: int) -> n
         torch._dynamo.config.suppress_errors = True
         torch._logging.set_logs(dynamo=logging.ERROR)  # else its warnings are 90 lines
         model.compile(dynamic=False)
-    return model
 
 
 def steps_in_epoch(cfg: Config, train_set: Images, test_set: Images | None) -> int:
@@ -1122,13 +1120,6 @@ def join_group(device: torch.device) -> None:
 
 def local_rank() -> int:
     return int(os.environ["LOCAL_RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0
-
-
-def mean_over_ranks(x: Tensor) -> Tensor:
-    """The mean over the processes."""
-    if world_size() > 1:
-        dist.all_reduce(x)
-    return x / world_size()
 
 
 @contextlib.contextmanager

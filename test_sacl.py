@@ -591,7 +591,8 @@ def two_ranks(rank, path):
         parallel = nn.parallel.DistributedDataParallel(model.eval())
         loss = parallel(*start["views"][:, rank::2])
         loss.backward()
-        mean = sacl.mean_over_ranks(loss.detach().clone())
+        mean = loss.detach().clone() / 2
+        dist.all_reduce(mean)
         if rank == 0:
             grads = {k: p.grad for k, p in model.named_parameters() if p.requires_grad}
             torch.save({"loss": mean, "grads": grads}, f"{path}/{name}-end.pth")
