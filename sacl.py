@@ -33,9 +33,7 @@ Notebook  paste this file into a cell (nothing runs), then train(Config(dataset=
 import argparse
 import contextlib
 import copy
-import dataclasses
 import datetime
-import errno
 import functools
 import importlib
 import inspect
@@ -45,7 +43,6 @@ import json
 import logging
 import math
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -53,7 +50,7 @@ import textwrap
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import MISSING, asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from types import ModuleType
 from typing import Literal, NamedTuple, get_args
@@ -131,7 +128,7 @@ class Config:
     def __init__(self, **given):
         given = typed(Config, given)
         dataset = given.get("dataset", Config.dataset)
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        defaults = {field.name: field.default for field in fields(self)}
         values = defaults | DATASETS.get(dataset, FOLDER) | given
         if values["stem"] == "auto":
             values["stem"] = "cifar" if values["image_size"] <= 64 else "imagenet"
@@ -159,7 +156,7 @@ FREE = {"dataset", "data_dir", "decoded_dir", "output_dir", "texture_bank", "amp
 
 def typed(kind: type, given: dict) -> dict:
     """`given` as `kind` has its fields: numpy numbers and paths become Python's; else refused."""
-    types = {field.name: field.type for field in dataclasses.fields(kind)}
+    types = {field.name: field.type for field in fields(kind)}
     result = {}
     for name, value in given.items():
         flag, wanted = "--" + name.replace("_", "-"), types.get(name)
@@ -644,11 +641,9 @@ def load_data(cfg: Config, split: str) -> Images | None:
         found = images.list_images(root, split)
         if found is None:
             return None
-        for line in found.told:
-            say(line)
-        pixels = images.decode(
-            found, stored_side(cfg.image_size), Path(cfg.decoded_dir), claim=claim
-        )
+        say("\n".join(found.told))
+        side, folder = stored_side(cfg.image_size), Path(cfg.decoded_dir)
+        pixels = images.decode(found, side, folder, claim=claim)
     except ValueError as error:
         raise UsageError(f"--dataset {cfg.dataset}: {error}") from None
     return Images(pixels, found.labels, found.classes, found.names)
@@ -1052,9 +1047,8 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 def compile_model(model: nn.Module, cfg: Config, dtype: torch.dtype, steps: int) -> None:
     """Set it to be compiled at its first step where that is asked for or repays itself."""
-    gpu = dtype == torch.bfloat16 and torch.cuda.is_available()
-    pays = gpu and steps > 3000 and world_size() == 1
-    if cfg.compile == "on" or (cfg.compile == "auto" and pays):
+    gpu = dtype == torch.bfloat16 and torch.cuda.is_available() and world_size() == 1
+    if cfg.compile == "on" or (cfg.compile == "auto" and gpu and steps > 3000):
         say("compiling at the first step; where the compiler fails, the run goes on without it")
         torch._dynamo.config.suppress_errors = True
         torch._logging.set_logs(dynamo=logging.ERROR)  # else its warnings are 90 lines
@@ -1152,7 +1146,7 @@ def try_lock(file: io.TextIOBase) -> bool:
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        return error.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
+        return not isinstance(error, BlockingIOError | PermissionError)  # Linux's, Windows'
     return True
 
 
@@ -1163,7 +1157,6 @@ def require_writable(out: Path) -> None:
         raise UsageError(f"--output-dir {out}: {exists} cannot be written; choose another one")
 
 
-OUTPUTS = ("backbone.pth", "target_backbone.pth", "config.json", "log.jsonl")
 BACKBONES = {"knn": "backbone.pth", "knn_target": "target_backbone.pth"}  # by name in the log
 SAVE_SECONDS = 300  # between checkpoints
 FORMAT = "sacl 2"  # of a checkpoint
@@ -1199,7 +1192,8 @@ def read_checkpoint(out: Path, cfg: Config, names: list[str]) -> dict:
     """The checkpoint of this run; {} in a new folder; refuses a folder that is another's."""
     path = out / "checkpoint.pth"
     if not path.exists():
-        if foreign := [name for name in OUTPUTS if (out / name).exists()]:
+        outputs = (*BACKBONES.values(), "config.json", "log.jsonl")
+        if foreign := [name for name in outputs if (out / name).exists()]:
             raise UsageError(
                 f"{out} has a {foreign[0]}, which would be replaced, but no checkpoint.pth to go "
                 "on from: choose another --output-dir, or move that file away"
@@ -1314,7 +1308,7 @@ def describe_machine(device: torch.device, dtype: torch.dtype) -> dict[str, str 
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         revision = subprocess.check_output([*git, "--dirty"], stderr=subprocess.DEVNULL, text=True)
     return dict(
-        python=platform.python_version(),
+        python=sys.version.split()[0],
         torch=torch.__version__,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         processes=world_size(),
@@ -1335,19 +1329,17 @@ def say(text: str) -> None:
 
 def parse(kind: type, argv: list[str] | None = None) -> dict:
     """What was given on the command line: a flag a field; fields without default are positional."""
+    names = re.compile(r"(?m)^    (\w+)(?=: .* = )")
+    source = names.sub(lambda name: f"    --{name[1].replace('_', '-')}", inspect.getsource(kind))
     parser = argparse.ArgumentParser(
         Path(inspect.getsourcefile(kind)).name,
         usage="%(prog)s [--name value ...]",
-        description=re.sub(
-            r"(?m)^    (\w+)(?=: .* = )",
-            lambda found: "    --" + found[1].replace("_", "-"),
-            inspect.getsource(kind),
-        ),
+        description=source,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    for field in dataclasses.fields(kind):
+    for field in fields(kind):
         flag, choices = "--" + field.name.replace("_", "-"), get_args(field.type)
         how = dict(choices=choices) if choices else dict(type=field.type)
         if field.type is bool:
@@ -1384,9 +1376,7 @@ def command(program: str, job: Callable[[], object]) -> None:
 
 def out_of_memory(error: Exception) -> bool:
     """Python's error, the GPU's, or that of torch's allocator on the CPU."""
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and " memory" in str(error)
-    )
+    return isinstance(error, MemoryError) or " memory" in str(error)
 
 
 def main(argv: list[str] | None = None) -> None:
