@@ -129,7 +129,7 @@ class Config:
         given = typed(Config, given)
         dataset = given.get("dataset", Config.dataset)
         defaults = {field.name: field.default for field in fields(self)}
-        values = defaults | DATASETS.get(dataset, FOLDER) | given
+        values = defaults | DATASETS.get(dataset, {"image_size": 224}) | given
         if values["stem"] == "auto":
             values["stem"] = "cifar" if values["image_size"] <= 64 else "imagenet"
         if not values["output_dir"]:
@@ -147,7 +147,6 @@ DATASETS = {
     "cifar10": {}, "cifar100": {}, "stl10": dict(image_size=96),
     "imagenet100": dict(image_size=224, epochs=100),
 }  # fmt: skip
-FOLDER = dict(image_size=224)
 # settings that may differ on resume: the images are known by name and size, and the others do not
 # change what is learned, but for rounding
 FREE = {"dataset", "data_dir", "decoded_dir", "output_dir", "texture_bank", "amp", "compile",
@@ -298,13 +297,7 @@ def combine(h: Tensor, pick: int) -> Tensor:
 
 
 def info_nce(
-    q: Tensor,
-    k: Tensor,
-    tau: float,
-    kt: Tensor | None = None,
-    alpha: float = 1.0,
-    texture_negatives: str = "own",
-    k_same: Tensor | None = None,
+    q: Tensor, k: Tensor, tau: float, kt=None, alpha=1.0, texture_negatives="own", k_same=None
 ) -> Tensor:
     """Eq. (8)-(10): cross-entropy of queries q (M, N, D) against keys k (N, D); a scalar.
 
@@ -777,10 +770,8 @@ def beside(name: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != name:
             raise
-        advice = ", or choose --texture none" * (name == "texture")
-        raise UsageError(
-            f"this needs {name}.py: put it beside sacl.py or the notebook{advice}"
-        ) from None
+        way = "beside sacl.py or the notebook" + ", or choose --texture none" * (name == "texture")
+        raise UsageError(f"this needs {name}.py: put it {way}") from None
 
 
 # ------------------------------------------------------------ 6. The kNN monitor
@@ -821,9 +812,7 @@ def knn(
     return torch.cat(predicted)
 
 
-def knn_monitor(
-    encoders: dict[str, nn.Module], cfg: Config, train_set: Images, test_set: Images, device
-) -> dict[str, float]:
+def knn_monitor(encoders: dict, cfg: Config, train_set: Images, test_set: Images, device) -> dict:
     """Per cent of test images whose neighbours in the training set vote for their class."""
     known = (train_set.labels >= 0).nonzero()[:, 0]  # of STL-10's training images, one in 21
     result = {}
@@ -919,9 +908,8 @@ def run_epochs(cfg: Config, build, train_set, test_set, bank, device) -> nn.Modu
         if monitor and step == 0 and last >= steps * min(cfg.knn_every, cfg.epochs):
             small = len(images) * 12 * cfg.image_size**2 <= 2 << 30  # bytes, as float32
             before = ({"pixels": nn.Flatten()} if small else {}) | encoders
-            write_log(
-                out, {"epoch": 0, "step": 0, **monitor(before, cfg, train_set, test_set, device)}
-            )
+            figures = monitor(before, cfg, train_set, test_set, device)
+            write_log(out, {"epoch": 0, "step": 0} | figures)
     compile_model(raw, cfg, dtype, last - step)
     model = nn.parallel.DistributedDataParallel(raw) if world > 1 else raw
 
@@ -1307,15 +1295,10 @@ def describe_machine(device: torch.device, dtype: torch.dtype) -> dict[str, str 
     revision = "unknown"  # in a notebook, or without git
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         revision = subprocess.check_output([*git, "--dirty"], stderr=subprocess.DEVNULL, text=True)
-    return dict(
-        python=sys.version.split()[0],
-        torch=torch.__version__,
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-        processes=world_size(),
-        threads=torch.get_num_threads(),
-        precision=str(dtype).removeprefix("torch."),
-        git=revision.strip(),
-    )
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    facts = dict(python=sys.version.split()[0], torch=torch.__version__, device=name)
+    facts |= dict(processes=world_size(), threads=torch.get_num_threads())
+    return facts | dict(precision=str(dtype).removeprefix("torch."), git=revision.strip())
 
 
 def say(text: str) -> None:
