@@ -187,31 +187,34 @@ def train_heads(encoder, data: Images, rows: Tensor, run: Config, cfg: ProbeConf
 
 
 def probe_lbfgs(encoder, data: Images, run: Config, cfg: ProbeConfig, device) -> tuple:
-    """Multinomial logistic regression on features of plain images; L2 by a held-out tenth."""
-    features, labels = sacl.embed(encoder, data.pixels, run, device), data.labels.to(device)
+    """Logistic regression on plain images."""
+    features = sacl.embed(encoder, data.pixels, run, device)
+    return fit_lbfgs(features, data.labels.to(device), len(data.classes), cfg.seed)
+
+
+def fit_lbfgs(features: Tensor, labels: Tensor, classes: int, seed: int) -> tuple[nn.Linear, dict]:
+    """Multinomial logistic regression on features (L, C); L2 by a held-out tenth, then on all."""
     mean, std = features.mean(0), features.std(0) + 1e-6
     features = (features - mean) / std
 
-    def fit(rows: Tensor, l2: float) -> nn.Linear:
-        head = linear(features.shape[1], len(data.classes), device)
+    def fit(rows: Tensor | slice, l2: float) -> nn.Linear:
+        x, y, head = features[rows], labels[rows], linear(features.shape[1], classes, labels.device)
         nn.init.zeros_(head.weight)
-        optimizer = torch.optim.LBFGS(
-            head.parameters(), max_iter=200, line_search_fn="strong_wolfe"
-        )
+        lbfgs = torch.optim.LBFGS(head.parameters(), max_iter=200, line_search_fn="strong_wolfe")
 
         def closure() -> Tensor:
-            optimizer.zero_grad()
-            loss = F.cross_entropy(head(features[rows]), labels[rows])
-            (loss + l2 * head.weight.square().sum()).backward()
-            return loss + l2 * head.weight.square().sum()
+            lbfgs.zero_grad()
+            loss = F.cross_entropy(head(x), y) + l2 * head.weight.square().sum()
+            loss.backward()
+            return loss
 
-        optimizer.step(closure)
+        lbfgs.step(closure)
         return head
 
-    kept, held = (rows.to(device) for rows in holdout(len(labels), cfg.seed))
+    kept, held = (rows.to(labels.device) for rows in holdout(len(labels), seed))
     scores = [accuracy(fit(kept, l2)(features[held]), labels[held], 1) for l2 in L2S]
     l2 = L2S[scores.index(max(scores))]
-    head = fit(torch.arange(len(labels), device=device), l2)
+    head = fit(slice(None), l2)  # all rows
     with torch.no_grad():  # takes features as they are: the scaling goes into the layer
         head.weight /= std
         head.bias -= head.weight @ mean

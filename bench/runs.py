@@ -22,8 +22,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+import eval_linear
 import sacl
-from bench import probe, shifts
+from bench import shifts
 from sacl import SACL, Config
 
 
@@ -105,9 +106,10 @@ def evaluate(model: nn.Module, cfg: Config) -> dict:
         return sacl.knn(bank, train_set.labels, query, classes).cpu()
 
     bank, query = embed(encoder, train_set, test_set)
-    head, choice = probe.fit(bank, train_set.labels, classes)
+    head, choice = eval_linear.fit_lbfgs(bank, train_set.labels.to(device), classes, seed=0)
     logits = head(query).cpu()
-    result = {f"top{k}": probe.accuracy(logits, test_set.labels, k) for k in (1, 5)} | choice
+    result = {f"top{k}": eval_linear.accuracy(logits, test_set.labels, k) for k in (1, 5)}
+    result |= {"l2": choice["l2"], "held_out_top1": max(choice["held_out_top1"].values())}
     result["knn"] = sacl.percent(vote(bank, query) == test_set.labels)
     if hasattr(model, "target_encoder"):
         guess = vote(*embed(model.target_encoder, train_set, test_set))
