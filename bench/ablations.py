@@ -97,7 +97,7 @@ CLAIMS = (
 )  # fmt: skip
 # no claims of the paper: setting, and what it is compared with
 OPEN = {
-    **dict.fromkeys(("texture positive",), "no texture"),
+    "texture positive": "no texture",
     **dict.fromkeys(("texture weight 2", "textures of the batch"), "base"),
     **dict.fromkeys(("i = 1", "i = 3", "i = 4", "tau = 0.1", "tau = 0.5", "m = 0.99"), "base"),
     **dict.fromkeys(("negatives eq10", "weak geometric", "no grid", "epochs x 2"), "base"),

@@ -172,7 +172,10 @@ def build_system(name: str, config: Config) -> nn.Module:
 
 def table(cfg: CompareConfig, lines: list[dict]) -> str:
     """Markdown of the finished runs of this dataset, scale and length, best linear top-1 first."""
-    recorded = {name: recorded_runs(cfg, name, lines) for name in cfg.names}
+    recorded = {}  # with their settings of now; those of diverged runs too
+    for name in cfg.names:
+        label, _ = run_config(cfg, name, 0)
+        recorded[name] = [line for line in lines if line.get("label") == label]
     ended = {name: [x for x in found if "error" not in x] for name, found in recorded.items()}
     if not any(ended.values()):
         raise UsageError(
@@ -183,7 +186,8 @@ def table(cfg: CompareConfig, lines: list[dict]) -> str:
     quickest = min(costs, key=costs.get, default=None)
     heads = ["linear, top-1 / top-5", "kNN", "kNN at equal time", "kNN, target"]
     rows = [["system", *heads, "n", "lr, wd, tau", "cost"]]
-    for name in sorted(filter(recorded.get, cfg.names), key=lambda name: -top1(ended[name])):
+    best = {name: mean(x["top1"] for x in found) if found else 0 for name, found in ended.items()}
+    for name in sorted(filter(recorded.get, cfg.names), key=best.get, reverse=True):
         found, (_, config) = ended[name], run_config(cfg, name, 0)
         linear = (mean_std(x[k] for x in found) for k in ("top1", "top5"))
         at = costs[quickest] / costs[name] * config.epochs if name in costs else 0
@@ -212,16 +216,6 @@ def table(cfg: CompareConfig, lines: list[dict]) -> str:
     return f"{rows_of(rows)}\n\n{caption}"
 
 
-def recorded_runs(cfg: CompareConfig, name: str, lines: list[dict]) -> list[dict]:
-    """The lines of a system with its settings of now, those of diverged runs too."""
-    label, _ = run_config(cfg, name, 0)
-    return [line for line in lines if line.get("label") == label]
-
-
-def top1(ended: list[dict]) -> float:
-    return mean(x["top1"] for x in ended) if ended else 0
-
-
 def cpu_seconds(ended: list[dict]) -> float | None:
     """Mean CPU seconds of training over the runs that have them; None where none has."""
     on_cpu = [x for x in ended if x["machine"]["device"].startswith("CPU")]
@@ -229,16 +223,10 @@ def cpu_seconds(ended: list[dict]) -> float | None:
     return mean(known) if known else None
 
 
-def knn_curve(line: dict, config: Config) -> list[tuple[int, float]]:
-    """(epoch, kNN accuracy) of a run wherever its monitor looked."""
-    ends = range(config.knn_every, config.epochs + config.knn_every, config.knn_every)
-    return [(min(end, config.epochs), y) for end, y in zip(ends, line["knn_curve"], strict=True)]
-
-
 def knn_at(line: dict, config: Config, epoch: float) -> float | None:
     """A run's figure after so many epochs, on a straight line between those of the monitor."""
-    epochs, figures = zip(*knn_curve(line, config), strict=True)
-    return float(np.interp(epoch, epochs, figures)) if epoch >= epochs[0] else None
+    ends = [*range(config.knn_every, config.epochs, config.knn_every), config.epochs]
+    return float(np.interp(epoch, ends, line["knn_curve"])) if epoch >= ends[0] else None
 
 
 def main(argv: list[str] | None = None) -> None:

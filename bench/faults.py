@@ -190,11 +190,10 @@ def decoded(folder: Path, count) -> np.ndarray:
             count.value += 1
         return square(path, side)
 
+    cfg, always = sacl.Config(**SMALL | dict(decoded_dir=str(folder))), (0, None)
     with mock.patch.object(images, "square", slowly):
-        with mock.patch.object(images.decode, "__defaults__", (0, None)):
-            return sacl.load_data(
-                sacl.Config(**SMALL | dict(decoded_dir=str(folder))), "train"
-            ).pixels
+        with mock.patch.object(images.decode, "__defaults__", always):
+            return sacl.load_data(cfg, "train").pixels
 
 
 def banked(folder: Path, count) -> np.ndarray:
@@ -346,9 +345,7 @@ def broken_files() -> None:
         said = two.said.read_text()
         good2 += two.returncode != 0 and said.count(f"{path}: not a readable image") == 1
         path.write_bytes(content)
-    report(
-        good, 9, "a truncated, an empty, a false picture at the first, middle, last place: named"
-    )
+    report(good, 9, "a truncated, empty or false picture at the first, middle, last place: named")
     report(good2, 3, "the same in two processes: both end")
 
 
@@ -358,16 +355,7 @@ def many_files() -> None:
     for i in range(10_000):
         (many / str(i % 10)).mkdir(parents=True, exist_ok=True)
         os.link(source, many / str(i % 10) / f"{i}.png")
-    names = [
-        "with space",
-        "it's",
-        'a "quote"',
-        "new\nline",
-        "tab\there",
-        "\U0001f600 雪",
-        "-x",
-        "a.",
-    ]
+    names = 'with space|it\'s|a "quote"|new\nline|tab\there|\U0001f600 雪|-x|a.'.split("|")
     for i in range(32):
         for folder in (deep.joinpath(*["folder"] * 100), odd / names[i % 8]):
             folder.mkdir(parents=True, exist_ok=True)
@@ -382,12 +370,7 @@ def many_files() -> None:
 
 
 def flags() -> None:
-    wrong = {
-        str: ["/dev/null/x"],
-        int: ["x", "-7", "nan"],
-        float: ["x", "nan", "1e99"],
-        bool: ["x"],
-    }
+    wrong = {str: ["/dev/null/x"], int: ["x", "-7", "nan"], float: ["x", "nan", "1e99"]}
     used = {"data_dir": dict(dataset="cifar10"), "texture_bank": dict(texture="negative")}
     unused = {"decoded_dir"}  # by images that fit in memory
     for program, kind in ((sacl, sacl.Config), (eval_linear, eval_linear.ProbeConfig)):

@@ -220,16 +220,12 @@ def compare(args: argparse.Namespace) -> list[dict]:
         every = next(x["settings"] for x in done if x["method"] == name)["knn_every"]
         share = seconds[name] / seconds["fast-moco"]
         points = [
-            (every * i, statistics.mean(values), deviation(values))
-            for i, values in enumerate(zip(*curves, strict=True), 1)
+            (every * i, statistics.mean(y), statistics.stdev(y) if len(y) > 1 else 0.0)
+            for i, y in enumerate(zip(*curves, strict=True), 1)
         ]
         equal["lines"][name] = points
         cost["lines"][name] = [(x * share, y, spread) for x, y, spread in points]
     return [equal, cost]
-
-
-def deviation(values: list[float]) -> float:
-    return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def chart(panels: list[dict], out: Path) -> None:

@@ -120,7 +120,7 @@ def evaluate(model: nn.Module, cfg: Config) -> dict:
         guess = vote(bank, *embed(encoder, conflict))
         result["knn_shape_share"] = shifts.cue_shares(guess, conflict)["shape_share"]
         cues = {"conflict": conflict}
-        result["shifts"] = shifts.measure(encoder, head, test_set, cues, cfg, 0, device)
+        result["shifts"] = shifts.measure(encoder, head, test_set, cues, cfg, device)
     return result
 
 
