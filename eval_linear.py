@@ -15,10 +15,9 @@ full test set; learning rates are chosen on a tenth of the training set, never o
 """
 
 import copy
-import dataclasses
 import itertools
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -100,7 +99,7 @@ def evaluate(cfg: ProbeConfig) -> dict:
     encoder.to(device, memory_format=torch.channels_last)
     before = copy.deepcopy(encoder.state_dict())
     epochs = cfg.epochs or (100 if Path(run.dataset).name == "imagenet100" else 200)
-    cfg = dataclasses.replace(cfg, epochs=epochs, dataset=run.dataset)
+    cfg = replace(cfg, epochs=epochs, dataset=run.dataset)
 
     probe = probe_lars if cfg.probe == "lars" else probe_lbfgs
     head, choice = probe(encoder, train_set, run, cfg, device)
@@ -124,8 +123,7 @@ def load_encoder(cfg: ProbeConfig) -> tuple[SEResNet, Config]:
     if not path.is_file() or not settings.is_file():
         raise UsageError(f"{folder} is not a run's folder: it has no {path.name} or config.json")
     try:
-        given = json.loads(settings.read_text())
-        run = Config(**given)
+        run = Config(**json.loads(settings.read_text()))
     except (ValueError, TypeError) as error:  # UsageError is a ValueError
         raise UsageError(f"{settings} holds no settings of this program: {error}") from None
     encoder, weights = SEResNet(run.arch, run.se, run.reduction, run.stem, run.width), {}
@@ -138,7 +136,7 @@ def load_encoder(cfg: ProbeConfig) -> tuple[SEResNet, Config]:
         raise UsageError(f"{path} holds values that are not finite: the run has diverged")
     data = dict(dataset=cfg.dataset or run.dataset, data_dir=cfg.data_dir or run.data_dir)
     # ours: other images too are shown at the size of training; of STL-10 the labelled ones are used
-    run = dataclasses.replace(run, **data, stl10_split="train")
+    run = replace(run, **data, stl10_split="train")
     return encoder.eval().requires_grad_(False), run
 
 
@@ -164,7 +162,7 @@ def train_heads(encoder, data: Images, rows: Tensor, run: Config, cfg: ProbeConf
     groups = [dict(params=head.parameters(), base=lr) for head, lr in zip(heads, lrs, strict=True)]
     optimizer = LARS(groups, cfg.lr, cfg.sgd_momentum, cfg.weight_decay, cfg.trust)
     views = dict(crop_min=cfg.crop_min, batch_size=min(cfg.batch_size, len(rows)), seed=cfg.seed)
-    run = dataclasses.replace(run, **views)
+    run = replace(run, **views)
     labels, dtype = data.labels.to(device), sacl.precision(run, device)
     for epoch in range(cfg.epochs):
         order = rows[sacl.epoch_order(len(rows), run, epoch)]

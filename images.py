@@ -61,7 +61,7 @@ def list_images(root: Path, split: str) -> Listing | None:
     if not root.is_dir():
         raise ValueError(f"{root}: there is no such folder")
     sizes, skipped = scan(root)
-    train_folder, test_folders, rest = find_splits(root, sizes)
+    train_folder, folders, rest = find_splits(root, sizes)
     train = list_split(root, train_folder, sizes, skipped)
     if not sizes:
         none = f"{root} and the folders below it hold no images: name another folder"
@@ -70,9 +70,7 @@ def list_images(root: Path, split: str) -> Listing | None:
         if rest:
             train.told.append(f"not used: {len(rest)} images, such as {'/'.join(min(rest))}")
         return train
-    tests = [
-        list_split(root, f, sizes, skipped, "test images", train.classes) for f in test_folders
-    ]
+    tests = [list_split(root, f, sizes, skipped, "test images", train.classes) for f in folders]
     # those labelled as the training images are, then those labelled otherwise, then the others
     tests.sort(key=lambda test: (test.classes != train.classes, not test.classes))
     for other in tests[1:]:
