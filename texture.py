@@ -73,9 +73,8 @@ def two_patches(images: Tensor, size: int | None, generator: Generator | None = 
     rows, columns = places.shape[2:4]
     y, x = (draw(n, (len(images),), generator).to(images.device) for n in (rows, columns))
     each = torch.arange(len(images), device=images.device)
-    return torch.stack(
-        [places[:, :, (rows - 1) // 2, (columns - 1) // 2], places[each, :, y, x]], 1
-    )
+    centre = places[:, :, (rows - 1) // 2, (columns - 1) // 2]
+    return torch.stack([centre, places[each, :, y, x]], 1)
 
 
 @torch.no_grad()
@@ -406,8 +405,7 @@ def bank(
     if size - found > free:
         raise OSError(f"{space}: make room, or choose another place")
     log(f"{textures} textures for each of {len(images)} images: {space}")
-    if not found:
-        part.touch()
+    part.touch()
     write_at(part, 0, header)
     block = max(1, BLOCK // row)  # images
     # the last block is made again: a power cut may have torn it
