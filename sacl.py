@@ -696,10 +696,7 @@ def download(kind: type, urls: list[str], root: Path, part: dict):
 
 
 def find_archive(data_dir: Path, kind: type) -> Path | None:
-    """An unpacked archive up to five folders down: by its folder's name, or by all of its files.
-
-    Kaggle's copies lie in folders of any name.
-    """
+    """An unpacked archive up to five folders down: by its name or, as on Kaggle, by its files."""
     files = sorted(name for name, _ in [*kind.train_list, *kind.test_list])
     for above in ("*/" * depth for depth in range(6)):
         for folder in data_dir.glob(above + kind.base_folder):
@@ -779,10 +776,7 @@ def beside(name: str) -> ModuleType:
 
 @torch.no_grad()
 def embed(encoder, pixels: Tensor | np.ndarray, cfg: Config, device, rows=None) -> Tensor:
-    """Features of whole images without augmentation, (L, C), of all or of these rows.
-
-    The encoder's mode is restored.
-    """
+    """Features of plain images, (L, C), all or these rows; the encoder's mode is restored."""
     training = encoder.training
     encoder.eval()
     batches = (torch.arange(len(pixels)) if rows is None else rows).split(500)
