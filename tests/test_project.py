@@ -16,11 +16,11 @@ import torch
 HERE = Path(__file__).resolve().parent.parent
 FILES = [p for p in HERE.rglob("*.py") if not {".venv", "runs"} & set(p.parts)]
 BUDGETS = {  # lines, and lines of code: neither blank, nor comments, nor docstrings
-    "sacl.py": (1460, 1012),
-    "images.py": (307, 232),
-    "texture.py": (518, 340),
+    "sacl.py": (1405, 969),
+    "images.py": (304, 229),
+    "texture.py": (516, 337),
     "shapes.py": (102, 70),
-    "eval_linear.py": (276, 201),
+    "eval_linear.py": (276, 198),
     "test_sacl.py": (740, 534),
     "README.md": (150, None),
 }
