@@ -107,9 +107,10 @@ def evaluate(cfg: ProbeConfig) -> dict:
     assert_frozen(encoder, before)
     result = {f"top{k}": accuracy(logits, test_set.labels, k) for k in (1, 5)} | choice
     result |= {"train_images": len(train_set.labels), "test_images": len(test_set.labels)}
-    result |= {"settings": asdict(cfg)}
+    result["encoder_steps"] = int(before["bn1.num_batches_tracked"])  # its passes in training
+    result["settings"] = asdict(cfg)
     result["machine"] = sacl.describe_machine(device, sacl.precision(run, device))
-    path = result_path(out, cfg)
+    path = result_path(out, cfg, result["encoder_steps"])
     sacl.write(path, json.dumps(result, indent=1).encode())
     print(f"top1 {result['top1']}  top5 {result['top5']}  {path}", flush=True)
     return result
@@ -246,13 +247,14 @@ def assert_frozen(encoder: nn.Module, before: dict[str, Tensor]) -> None:
         raise RuntimeError(f"the probe moved the frozen encoder: {', '.join(moved[:5])}")
 
 
-def result_path(out: Path, cfg: ProbeConfig) -> Path:
-    """A file of its own for each evaluation: the same settings write the same file again."""
+def result_path(out: Path, cfg: ProbeConfig, steps: int) -> Path:
+    """A file of its own for each evaluation; the same encoder and settings write it again."""
     for number in itertools.count(1):
         end = f"-{number}" if number > 1 else ""
         path = out / f"linear-{cfg.encoder}-{cfg.probe}{end}.json"
         try:
-            if json.loads(path.read_text())["settings"] == asdict(cfg):
+            kept = json.loads(path.read_text())
+            if (kept["settings"], kept["encoder_steps"]) == (asdict(cfg), steps):
                 return path
         except FileNotFoundError:
             return path

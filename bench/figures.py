@@ -1,10 +1,6 @@
 """Pictures of the method and charts of runs, PNG, by matplotlib (bench/requirements.txt).
 
     python bench/figures.py views --dataset cifar100         views, textures (Fig. 1)
-    python bench/figures.py cells --dataset cifar100         cells and combinations (Eq. 2)
-    python bench/figures.py textures --dataset cifar100      what textures are grown from
-    python bench/figures.py masks --dataset cifar100         HARL's foregrounds
-    python bench/figures.py jigsaw --dataset cifar100        PIRL's jigsaw
     python bench/figures.py neighbours RUN                   what lies near test images
     python bench/figures.py curves RUN...                    loss and kNN, by epochs and minutes
     python bench/figures.py compare --dataset cifar100       SACL among other systems
@@ -20,7 +16,6 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -29,7 +24,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import eval_linear
 import sacl
 import texture
-from related import baselines, harl
 from sacl import UsageError
 
 RIGHT, WRONG = "#009e73", "#d55e00"  # frames of neighbours
@@ -49,52 +43,6 @@ def views(args: argparse.Namespace) -> dict[str, Row]:
     shown = {k: denormalize(sacl.augment(*v, cfg.image_size)) for k, v in pairs.items()}
     strong = shown.pop("texture view xt")
     return captionless({"image x": x, **shown, "texture of x": textures, "texture view xt": strong})
-
-
-def cells(args: argparse.Namespace) -> dict[str, Row]:
-    """Section 2.2: a view, its cells, and which of them each combination averages."""
-    cfg, x = pick(args)
-    view = denormalize(sacl.augment(x, sacl.sample_view(len(x), cfg, x.device), cfg.image_size))
-    parts = sacl.split(view, cfg.grid)[:, 0]  # (G, 3, h, w) of the first view
-    first = [(x[0], "x", ""), (view[0], "view", "")]
-    first += [(part, f"cell {i}: h{i}", "") for i, part in enumerate(parts, 1)]
-    means = []
-    for chosen in itertools.combinations(range(len(parts)), cfg.combine):
-        pale = 0.15 * parts + 0.85
-        pale[list(chosen)] = parts[list(chosen)]
-        mean = " + ".join(f"h{i + 1}" for i in chosen)
-        means.append((together(pale, cfg.grid), f"({mean}) / {cfg.combine}", ""))
-    return {"split": first, "combine": means}
-
-
-def textures(args: argparse.Namespace) -> dict[str, Row]:
-    """Section 2.1: the two patches of each image, and the textures grown from them."""
-    _, x = pick(args)
-    patches = texture.two_patches(x, None, seeded(args))  # the draws that texture_views begins with
-    rows = {"image": x, "its centre": patches[:, 0], "a random patch": patches[:, 1]}
-    rows["one seed"] = texture.texture_views(x, seeds=1, generator=seeded(args))
-    rows["a lattice of seeds"] = texture.texture_views(x, generator=seeded(args))
-    return captionless(rows)
-
-
-def masks(args: argparse.Namespace) -> dict[str, Row]:
-    """HARL: what stands out in images, the masks, and what they leave."""
-    _, x = pick(args)
-    mask, image = harl.heuristic_masks(x)[:, None].float(), x / 255
-    whole = F.interpolate(mask, size=x.shape[-2:])
-    rows = {"image": image, "saliency": harl.saliency(x)[:, None], "mask": mask}
-    return captionless(rows | {"foreground": image * whole + (1 - whole)})
-
-
-def jigsaw(args: argparse.Namespace) -> dict[str, Row]:
-    """PIRL: the view that is cut, its cells, and the cells in the order that PIRL sees."""
-    cfg, x = pick(args)
-    view = denormalize(sacl.augment(x, sacl.sample_view(len(x), cfg, x.device), cfg.image_size))
-    parts = sacl.split(view, cfg.grid)  # (G, N, 3, h, w)
-    rows = {"image": x, "view": view}
-    for name, some in {"cells": parts, "shuffled": baselines.shuffle(parts)}.items():
-        rows[name] = torch.stack([together(c, cfg.grid) for c in some.unbind(1)])
-    return captionless(rows)
 
 
 def neighbours(args: argparse.Namespace) -> dict[str, Row]:
@@ -149,12 +97,6 @@ def denormalize(view: Tensor) -> Tensor:
     """Normalised views (N, 3, H, W) as images in [0, 1]."""
     mean, std = (torch.tensor(v)[:, None, None] for v in (sacl.MEAN, sacl.STD))
     return (view * std + mean).clamp(0, 1)
-
-
-def together(parts: Tensor, grid: int) -> Tensor:
-    """Cells (G, 3, h, w) as they lie, a white line around each: (3, H, W)."""
-    parts = F.pad(parts, [1] * 4, value=1.0).unflatten(0, (grid, grid))  # (rows, columns, 3, h, w)
-    return parts.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
 
 
 def captionless(rows: dict[str, Tensor]) -> dict[str, Row]:
@@ -248,7 +190,7 @@ def chart(panels: list[dict], out: Path) -> None:
 
 # ------------------------------------------------------------ command line
 
-PICTURES = {f.__name__: f for f in (views, cells, textures, masks, jigsaw, neighbours)}
+PICTURES = {f.__name__: f for f in (views, neighbours)}
 CHARTS = {f.__name__: f for f in (curves, compare)}
 
 

@@ -219,6 +219,7 @@ def test_a_run_of_another_model_or_of_other_settings_is_refused_and_kept(stopped
 
 
 def test_each_evaluation_has_a_file_of_its_own(finished, tmp_path):
+    """Another seed, and the same seed after more training; the same again is written again."""
     mine = tmp_path / "linear-online-lbfgs.json"
     mine.write_text("mine")
     given = dict(run=finished, output_dir=tmp_path, probe="lbfgs")
@@ -227,6 +228,13 @@ def test_each_evaluation_has_a_file_of_its_own(finished, tmp_path):
     names = [f"linear-online-lbfgs-{number}.json" for number in (2, 3)]
     assert [json.loads((tmp_path / name).read_text()) for name in names] == results[:2]
     assert len(list(tmp_path.iterdir())) == 3
+    longer = shutil.copytree(finished, tmp_path / "longer")
+    weights = torch.load(longer / "backbone.pth")
+    for _ in range(2):
+        eval_linear.evaluate(ProbeConfig(**given | {"run": longer}))
+        weights["bn1.num_batches_tracked"] += 1
+        torch.save(weights, longer / "backbone.pth")
+    assert len(list(tmp_path.glob("linear-*.json"))) == 5
 
 
 @pytest.mark.parametrize("program", [sacl, eval_linear])
