@@ -90,10 +90,12 @@ def evaluate(cfg: ProbeConfig) -> dict:
     out = Path(cfg.output_dir or cfg.run)
     encoder, run = load_encoder(cfg)
     sacl.require_writable(out)
+    out.mkdir(parents=True, exist_ok=True)
     device = sacl.choose_device()
     train_set, test_set = sacl.load_data(run, "train"), sacl.load_data(run, "test")
     if test_set is None or min(train_set.labels.min(), test_set.labels.min()) < 0:
         raise UsageError(f"--dataset {run.dataset}: a probe needs labelled train and test images")
+    sacl.require_same_classes(train_set, test_set)
     if isinstance(train_set.pixels, Tensor):
         train_set = train_set._replace(pixels=train_set.pixels.to(device))
     encoder.to(device, memory_format=torch.channels_last)
@@ -112,7 +114,7 @@ def evaluate(cfg: ProbeConfig) -> dict:
     result["machine"] = sacl.describe_machine(device, sacl.precision(run, device))
     path = result_path(out, cfg, result["encoder_steps"])
     sacl.write(path, json.dumps(result, indent=1).encode())
-    print(f"top1 {result['top1']}  top5 {result['top5']}  {path}", flush=True)
+    sacl.say(f"top1 {result['top1']}  top5 {result['top5']}  {path}")
     return result
 
 
@@ -151,7 +153,7 @@ def probe_lars(encoder, data: Images, run: Config, cfg: ProbeConfig, device) -> 
         scores = [accuracy(head(features).cpu(), data.labels[held], 1) for head in heads]
         choice = {"lr": LRS[scores.index(max(scores))]}
         choice["held_out_top1"] = dict(zip(map(str, LRS), scores, strict=True))
-        print(f"lr {choice['lr']} of {choice['held_out_top1']} on held-out images", flush=True)
+        sacl.say(f"lr {choice['lr']} of {choice['held_out_top1']} on held-out images")
     rows = torch.arange(len(data.labels))
     return train_heads(encoder, data, rows, run, cfg, [choice["lr"]], device)[0], choice
 
@@ -181,7 +183,7 @@ def train_heads(encoder, data: Images, rows: Tensor, run: Config, cfg: ProbeConf
             sum(losses).backward()
             optimizer.step()
         if epoch == 0 or (epoch + 1) % 10 == 0 or epoch + 1 == cfg.epochs:
-            print(f"epoch {epoch + 1}  loss {losses[0].item():.4f} on crops", flush=True)
+            sacl.say(f"epoch {epoch + 1}  loss {losses[0].item():.4f} on crops")
     return heads
 
 
@@ -193,6 +195,8 @@ def probe_lbfgs(encoder, data: Images, run: Config, cfg: ProbeConfig, device) ->
 
 def fit_lbfgs(features: Tensor, labels: Tensor, classes: int, seed: int) -> tuple[nn.Linear, dict]:
     """Multinomial logistic regression on features (L, C); L2 by a held-out tenth, then on all."""
+    if not features.isfinite().all():
+        raise UsageError("the encoder's features are not finite: its run has diverged")
     mean, std = features.mean(0), features.std(0) + 1e-6
     features = (features - mean) / std
 
@@ -231,7 +235,7 @@ def linear(width: int, classes: int, device: torch.device) -> nn.Linear:
 def holdout(count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Rows of nine tenths and of one tenth of the training images, at random from the seed."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    return order[count // 10 :], order[: count // 10]
+    return order.tensor_split([max(1, count // 10)])[::-1]
 
 
 def accuracy(logits: Tensor, labels: Tensor, k: int) -> float:
@@ -258,7 +262,7 @@ def result_path(out: Path, cfg: ProbeConfig, steps: int) -> Path:
                 return path
         except FileNotFoundError:
             return path
-        except (ValueError, KeyError, TypeError):  # a file of the user's own
+        except (ValueError, KeyError, TypeError, OSError):  # a file or folder of the user's own
             continue
 
 

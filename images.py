@@ -29,9 +29,11 @@ import torch
 from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor
 
-DECODER = 1  # to be raised whenever the same file gives other pixels
+DECODER = 2  # to be raised whenever the same file gives other pixels
+BLOCK = 64  # images decoded at a time
 MOST_PIXELS = 2**29  # of a picture; a photograph of 20,000 x 20,000 has fewer
 NOT_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}  # vectors, containers
+SAMPLE_FORMAT, BITS, PHOTOMETRIC = 339, 258, 262  # tags of TIFF
 SYSTEM = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
 # such as train, Training_set, train.X1, val2017, testB; seg_train where seg_test is, too
 SPLIT = re.compile(
@@ -46,7 +48,7 @@ class Listing(NamedTuple):
     paths: list[Path]  # sorted
     labels: Tensor  # (L,), int64; -1 where there is none
     classes: list[str]
-    names: list[str]  # "path below the dataset's folder<TAB>bytes": tells these images from others
+    names: list[str]  # "path<TAB>bytes" of each, for training below its folder: tells from others
     told: list[str]  # sentences for the user: how many from where, and what was left out
 
 
@@ -58,6 +60,8 @@ def list_images(root: Path, split: str) -> Listing | None:
     are its classes; one that holds all of them is none.
     """
     root = Path(root)
+    if split not in ("train", "test"):
+        raise ValueError(f"split {split!r}: must be train or test")
     if not root.is_dir():
         raise ValueError(f"{root}: there is no such folder")
     sizes, skipped = scan(root)
@@ -125,17 +129,33 @@ def find_splits(root: Path, sizes: dict[tuple, int]) -> tuple[tuple, list[tuple]
     outer = [f for f in sorted(named) if not any(f[:i] in named for i in range(len(f)))]
     trains = [f for f in outer if named[f] == "train"]
     tests = sorted((f for f in outer if named[f] != "train"), key=named.get)  # "test" before "val"
+    if not outer:  # then no name may look like one, among a few folders side by side
+        groups = {f[:-1]: [] for f in folders}
+        for f in sorted(folders):
+            groups[f[:-1]].append(f)
+        for few in groups.values():
+            trains = [f for f in few if "train" in f[-1].lower()]
+            tests = [
+                f for f in few if re.search("test|val|hold", f[-1].lower()) and f not in trains
+            ]
+            if trains and tests and len(few) <= 4:
+                raise ValueError(unclear(root, trains + tests))
+        return (), [], []
     rest = [p for p in sizes if not any(p[: len(f)] == f for f in outer)]
     mixed = any(named[f] != "train" for f in named for t in trains if f[: len(t)] == t)
     clear = len(trains) == len({f[:-1] for f in outer}) == 1 and not mixed
-    if outer and not (clear and (tests or not rest)):  # train alone may be one class of several
-        shown = ", ".join("/".join(f) for f in sorted(named)[:4])
-        raise ValueError(
-            f"{root}: its folders {shown} do not tell which images are for training and which for "
-            "testing: keep one folder train, and one folder test or val beside it (rename a class "
-            "of such a name), or give the folder to train on as the dataset"
-        )
-    return trains[0] if outer else (), tests, rest if outer else []
+    if not (clear and (tests or not rest)):  # train alone may be one class of several
+        raise ValueError(unclear(root, sorted(named)))
+    return trains[0], tests, rest
+
+
+def unclear(root: Path, folders: list[tuple]) -> str:
+    shown = ", ".join("/".join(folder) for folder in folders[:4])
+    return (
+        f"{root}: its folders {shown} do not tell which images are for training and which for "
+        "testing: keep one folder train, and one folder test or val beside it (rename a class of "
+        "such a name), or give the folder to train on as the dataset"
+    )
 
 
 def list_split(root: Path, folder: tuple, sizes, skipped, what="images", known=()) -> Listing:
@@ -156,7 +176,9 @@ def list_split(root: Path, folder: tuple, sizes, skipped, what="images", known=(
     counts = Counter(kind for p, kind in skipped.items() if p[: len(folder)] == folder)
     if counts:
         told.append("skipped " + ", ".join(f"{n} {kind}" for kind, n in counts.most_common()))
-    names = [f"{'/'.join(p)}\t{sizes[p]}".encode("utf-8", "backslashreplace") for p in paths]
+    below = len(folder) if what == "images" else 0  # so that the training folder may be renamed
+    lines = (f"{'/'.join(p[below:])}\t{sizes[p]}" for p in paths)
+    names = [line.encode("utf-8", "backslashreplace") for line in lines]
     files, names = [root.joinpath(*p) for p in paths], [name.decode() for name in names]
     return Listing(files, torch.tensor(labels), classes, names, told)
 
@@ -166,6 +188,8 @@ def square(path: Path, side: int) -> Tensor:
 
     Of an animation, the first frame; transparency lies on white; colour profiles are not applied.
     """
+    if not isinstance(side, int | np.integer) or side < 1:
+        raise ValueError(f"side {side!r}: must be a whole number of pixels, at least 1")
     # Pillow's bounds refuse photographs and editors' notes, and have no other switch
     Image.MAX_IMAGE_PIXELS = MOST_PIXELS
     PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
@@ -175,12 +199,17 @@ def square(path: Path, side: int) -> Tensor:
         image.draft(None, (2 * side, 2 * side))  # a JPEG is decoded at 1/2, 1/4 or 1/8
         if image.width * image.height > MOST_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels are too many")
+        check_stored(image)
         rgb = stretch(image) if image.mode[0] in "IF" else image
+        rgb.load()  # the size may be known only then
+        short = min(rgb.size)
+        if max(rgb.size) > 5 * short:  # the ends of a thin picture would only take memory
+            x, y = (max(0, n - 4 * short) // 2 for n in rgb.size)
+            rgb = rgb.crop((x, y, rgb.width - x, rgb.height - y))
         if rgb.has_transparency_data:
             rgb = rgb.convert("RGBA")
             rgb = Image.alpha_composite(Image.new("RGBA", rgb.size, "white"), rgb)
-        rgb = rgb.convert("RGB")  # loads the picture, whose size may be known only then
-        short = min(rgb.size)
+        rgb = rgb.convert("RGB")
         # without scaling on whole pixels, which then stay as they are
         left, top = ((n - short) // 2 if short == side else (n - short) / 2 for n in rgb.size)
         box = (left, top, left + short, top + short)
@@ -199,12 +228,31 @@ def square(path: Path, side: int) -> Tensor:
     return torch.from_numpy(np.array(x)).permute(2, 0, 1).contiguous()
 
 
+def check_stored(image: Image.Image) -> None:
+    """Mend or refuse what Pillow hands over as it is stored, not as it is meant."""
+    stored, tags = str(image.tile[0][3] if image.tile else ""), getattr(image, "tag_v2", {})
+    clear = image.info.get("transparency")  # of a PNG: a value before it was scaled to 8 bits
+    if stored in ("L;2", "L;4") and isinstance(clear, int):
+        image.info["transparency"] = clear * {"L;2": 85, "L;4": 17}[stored]
+    elif ";16" in stored and isinstance(clear, tuple):
+        image.info["transparency"] = tuple(value >> 8 for value in clear)
+    if image.mode[0] not in "IF" and 2 in tags.get(SAMPLE_FORMAT, ()):
+        raise ValueError("its values of 8 bits have signs")
+    if ";16" in stored and image.mode[0] not in "IF":  # Pillow keeps the upper 8 bits
+        colours = image.getextrema()[:3]
+        if 0 < max(high for _, high in colours) < 16:
+            raise ValueError("its colours of 16 bits use only the lowest of them")
+
+
 def stretch(image: Image.Image) -> Image.Image:
     """Grey of more than 8 bits as 8: by the least of the usual depths that holds its values.
 
     By its own extremes where values are negative or beyond all, or 16 greys would not be left.
     """
-    values = np.asarray(image).astype(np.float64)
+    values, tags = np.asarray(image), getattr(image, "tag_v2", {})
+    if tags.get(BITS) == (32,) and tags.get(SAMPLE_FORMAT, (1,)) == (1,):  # Pillow gives them signs
+        values = values.view(np.uint32)
+    values = values.astype(np.float64)
     low, high = values.min(), values.max()
     if not math.isfinite(high - low):
         raise ValueError("not all of its values are finite")
@@ -215,6 +263,8 @@ def stretch(image: Image.Image) -> Image.Image:
     grey = ((values - low) * (255 / (high - low or 1))).round().astype(np.uint8)
     if len(np.unique(grey)) < min(16, len(np.unique(values)) / 4):
         raise ValueError("its values lie too far apart for 256 greys")
+    if tags.get(PHOTOMETRIC) == 0:  # 0 is white
+        grey = 255 - grey
     grey[values == image.info.get("transparency", math.nan)] = 255
     return Image.fromarray(grey)
 
@@ -226,51 +276,60 @@ def decoded_path(listing: Listing, side: int, folder: Path) -> Path:
     return Path(folder, f"{len(times)}x{side}px-v{DECODER}-{digest}.npy")
 
 
-def decode(listing: Listing, side: int, folder: Path, in_memory: int = 4 << 30, claim=None):
+def decode(listing: Listing, side: int, folder: Path, in_memory=4 << 30, claim=None, log=print):
     """The squares, uint8 (L, 3, side, side): a tensor of up to `in_memory` bytes, or a mapped file.
 
     The file is decoded once, into `folder`; a stopped process goes on. claim(lock, wait=True), as
-    sacl.claim, makes others wait meanwhile.
+    sacl.claim, makes others wait meanwhile; `log` is told the file's size and progress.
     """
     shape = (len(listing.paths), 3, side, side)
     if math.prod(shape) <= in_memory:
         squares = torch.empty(shape, dtype=torch.uint8)
-        for row, block in decode_blocks(listing.paths, side):
+        for row, block in decode_blocks(listing.paths, side, log):
             squares[row : row + len(block)] = block
         return squares
     target = decoded_path(listing, side, folder)
     lock = claim(target.with_suffix(".lock"), wait=True) if claim else contextlib.nullcontext()
     with lock:
         try:
-            return np.load(target, mmap_mode="r")
+            return open_squares(target, shape)
         except (FileNotFoundError, NotADirectoryError, EOFError, ValueError):  # none, or damaged
-            write_squares(listing.paths, side, target)
-    return np.load(target, mmap_mode="r")
+            write_squares(listing.paths, side, target, log)
+    return open_squares(target, shape)
 
 
-def decode_blocks(paths: list[Path], side: int, start: int = 0) -> Iterator[tuple[int, Tensor]]:
+def open_squares(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    squares = np.load(path, mmap_mode="r")
+    if squares.shape != shape or squares.dtype != np.uint8:
+        raise ValueError(f"{path} holds something else")
+    return squares
+
+
+def decode_blocks(paths: list[Path], side: int, log, start=0) -> Iterator[tuple[int, Tensor]]:
     """The squares of paths[start:], (n, 3, side, side) with the row of the first, by threads."""
     many = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     began = told = time.monotonic()
     with ThreadPoolExecutor(many) as pool:
-        for row in range(start, len(paths), 64):
-            block = list(pool.map(square, paths[row : row + 64], itertools.repeat(side)))
+        for row in range(start, len(paths), BLOCK):
+            block = list(pool.map(square, paths[row : row + BLOCK], itertools.repeat(side)))
             yield row, torch.stack(block)
             done, now = row + len(block), time.monotonic()
             if now - told >= 10:
                 minutes = (now - began) / 60 * (len(paths) - done) / (done - start)
-                print(f"decoded {done} of {len(paths)}, {minutes:.1f} min left", flush=True)
+                log(f"decoded {done} of {len(paths)}, {minutes:.1f} min left")
                 told = now
 
 
-def write_squares(paths: list[Path], side: int, target: Path) -> None:
+def write_squares(paths: list[Path], side: int, target: Path, log) -> None:
     """Append squares to a file beside the target, whose length tells how many; then rename it."""
     header, part, size = io.BytesIO(), target.with_suffix(".npy.part"), 3 * side**2
     array = {"descr": "|u1", "fortran_order": False, "shape": (len(paths), 3, side, side)}
     np.lib.format.write_array_header_1_0(header, array)
     try:
         part.parent.mkdir(parents=True, exist_ok=True)
-        done = max(0, (part.stat().st_size if part.exists() else 0) - header.tell()) // size
+        found = part.stat().st_size if part.exists() else 0
+        # the last block is made again: a power cut may have torn it
+        done = max(0, (found - header.tell()) // size - BLOCK)
         free, total = shutil.disk_usage(part.parent).free / 1e9, len(paths) * size / 1e9
         if (len(paths) - done) * size / 1e9 > free:
             raise ValueError(
@@ -278,14 +337,14 @@ def write_squares(paths: list[Path], side: int, target: Path) -> None:
                 "choose another --decoded-dir"
             )
         what = f"decoding {len(paths)} images of {side} px into {target} ({total:.1f} GB), once"
-        print(what + (f"; {done} are done" if done else ""), flush=True)
+        log(what + (f"; {done} are done" if done else ""))
         with open(part, "ab") as file:
             file.truncate(header.tell() + done * size if done else 0)
             file.write(b"" if done else header.getvalue())
-            for _, block in decode_blocks(paths, side, done):
+            for _, block in decode_blocks(paths, side, log, done):
                 file.write(block.numpy())
-            file.flush()
-            os.fsync(file.fileno())
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(part, target)
     except OSError as error:
         if error.filename in map(str, paths):

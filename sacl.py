@@ -43,11 +43,13 @@ import json
 import logging
 import math
 import os
+import pickle
 import re
 import subprocess
 import sys
 import textwrap
 import time
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, asdict, dataclass, fields
@@ -165,7 +167,7 @@ def typed(kind: type, given: dict) -> dict:
         value = str(value) if wanted is str and isinstance(value, os.PathLike) else value
         value = float(value) if wanted is float and type(value) is int else value
         if choices := get_args(wanted):
-            good, rule = value in choices, f"one of {', '.join(choices)}"
+            good, rule = isinstance(value, str) and value in choices, f"one of {', '.join(choices)}"
         else:
             good, rule = type(value) is wanted, f"of type {wanted.__name__}"
         if not good:
@@ -186,6 +188,8 @@ def check(cfg: Config) -> None:
         knn_every=(0, most), print_every=(1, most), max_steps=(0, most), max_hours=(0, 1e6),
     )  # fmt: skip
     check_limits(cfg, limits)
+    if not cfg.dataset:
+        raise UsageError("--dataset is empty: name a dataset or an image folder")
     if math.comb(cells, cfg.combine) > 10_000:
         raise UsageError(f"--combine {cfg.combine}: of {cells} cells that is too many combinations")
     if cfg.image_size % cfg.grid:
@@ -622,7 +626,8 @@ def load_data(cfg: Config, split: str) -> Images | None:
         count, part = {"train": (5000, 0), "test": (1000, 1)}[split]
         return in_memory(*beside("shapes").draw(count, part, cfg.seed))
     root = Path(cfg.data_dir, cfg.dataset) if cfg.dataset in DATASETS else Path(cfg.dataset)
-    if cfg.dataset in ARCHIVES and not (root / "train").is_dir():
+    unpacked = any(folder.name.lower() == "train" for folder in root.glob("*/"))
+    if cfg.dataset in ARCHIVES and not unpacked:
         return read_archive(cfg, split)
     if not root.is_dir():
         advice = f"put its images into {root}/train/<class>/ and {root}/val/<class>/"
@@ -636,7 +641,7 @@ def load_data(cfg: Config, split: str) -> Images | None:
             return None
         say("\n".join(found.told))
         side, folder = stored_side(cfg.image_size), Path(cfg.decoded_dir)
-        pixels = images.decode(found, side, folder, claim=claim)
+        pixels = images.decode(found, side, folder, claim=claim, log=say)
     except ValueError as error:
         raise UsageError(f"--dataset {cfg.dataset}: {error}") from None
     return Images(pixels, found.labels, found.classes, found.names)
@@ -671,8 +676,14 @@ def read_archive(cfg: Config, split: str) -> Images:
                 "that folder, or name another --data-dir"
             ) from None
     else:
-        with claim(root / f"{name}.lock", wait=True):
-            data = download(kind, ARCHIVES[name], root, part)
+        try:
+            with claim(root / f"{name}.lock", wait=True):
+                data = download(kind, ARCHIVES[name], root, part)
+        except OSError as error:
+            raise UsageError(
+                f"--data-dir {root} has no {kind.__name__} and cannot be written "
+                f"({error.strerror}): name the folder that has its unpacked archive, or another one"
+            ) from None
     pixels = torch.as_tensor(data.data)  # CIFAR: (L, 32, 32, 3)
     pixels = pixels if name == "stl10" else pixels.permute(0, 3, 1, 2).contiguous()
     labels = torch.as_tensor(data.labels if name == "stl10" else data.targets).long()
@@ -756,7 +767,8 @@ def make_textures(data: Images, cfg: Config, epoch: int) -> Tensor | np.ndarray 
         generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + epoch // TEXTURE_EPOCHS)
         return texture.texture_views(data.pixels, generator=generator, **options)
     except ValueError as error:
-        raise UsageError(f"--texture {cfg.texture}: {error}; or choose --texture none") from None
+        way_out = "" if cfg.texture_bank else "; or choose --texture none"
+        raise UsageError(f"--texture {cfg.texture}: {error}{way_out}") from None
 
 
 def beside(name: str) -> ModuleType:
@@ -860,7 +872,7 @@ def train(cfg: Config | None = None, build: Callable[[Config], nn.Module] = SACL
 def run_epochs(cfg: Config, build, train_set, test_set, bank, device) -> nn.Module:
     """The loop of Algorithm 1, from the checkpoint in cfg.output_dir or from the start."""
     began, out = time.perf_counter(), Path(cfg.output_dir)
-    steps, world = steps_in_epoch(cfg, train_set, test_set), world_size()
+    steps, world = steps_in_epoch(cfg, train_set), world_size()
     total, warmup = cfg.epochs * steps, cfg.warmup_epochs * steps
     if isinstance(train_set.pixels, Tensor):
         train_set = train_set._replace(pixels=train_set.pixels.to(device))
@@ -884,9 +896,13 @@ def run_epochs(cfg: Config, build, train_set, test_set, bank, device) -> nn.Modu
         encoders["knn_target"] = raw.target_encoder
 
     saved = resume(out, cfg, train_set.names, parts, encoders)
-    save_now = functools.partial(save_run, out, cfg, train_set.names, parts, encoders)
-    start = step = saved.get("step", 0)
-    earlier, epoch_loss = saved.get("seconds", 0.0), saved.get("epoch_loss", 0.0)
+    names, done = train_set.names, saved.get("step", 0)
+    save_now = functools.partial(save_run, out, cfg, names, parts, encoders, steps_per_epoch=steps)
+    scale = steps / saved.get("steps_per_epoch", steps)  # where images have come or gone
+    start = step = round(done * scale)
+    if scale != 1:
+        say(f"step {done} of the run so far is step {step} of {total} with the images of now")
+    earlier, epoch_loss = saved.get("seconds", 0.0), saved.get("epoch_loss", 0.0) * scale
     last = min(total, step + cfg.max_steps) if cfg.max_steps else total
     textures = bank
     if bank is None and step < last:  # a finished run needs none
@@ -898,7 +914,7 @@ def run_epochs(cfg: Config, build, train_set, test_set, bank, device) -> nn.Modu
         else:  # a full disk shows before anything is trained
             save_now(step=0, seconds=0.0, epoch_loss=0.0)
         machine = describe_machine(device, dtype)
-        start_log(out, cfg, step, dict(machine=machine, images=len(images), steps_per_epoch=steps))
+        start_log(out, cfg, done, dict(machine=machine, images=len(images), steps_per_epoch=steps))
         if monitor and step == 0 and last >= steps * min(cfg.knn_every, cfg.epochs):
             small = len(images) * 12 * cfg.image_size**2 <= 2 << 30  # bytes, as float32
             before = ({"pixels": nn.Flatten()} if small else {}) | encoders
@@ -936,9 +952,13 @@ def run_epochs(cfg: Config, build, train_set, test_set, bank, device) -> nn.Modu
 
         # the rest is bookkeeping
         step, counted, loss_sum = step + 1, counted + 1, loss_sum + loss.detach()
-        if step % cfg.print_every and step % steps and step != last:
+        now = time.perf_counter()
+        late = 0 < cfg.max_hours * 3600 <= now - began
+        # of several processes each has a clock of its own: they wait for the next line of the log
+        due = world == 1 and (late or now - last_save > SAVE_SECONDS)
+        if step % cfg.print_every and step % steps and step != last and not due:
             continue
-        late = torch.tensor(0 < cfg.max_hours * 3600 <= time.perf_counter() - began, device=device)
+        late = torch.tensor(late, device=device)
         sums = torch.stack([loss_sum / counted, late])
         if world > 1:
             dist.all_reduce(sums)
@@ -965,7 +985,7 @@ def run_epochs(cfg: Config, build, train_set, test_set, bank, device) -> nn.Modu
         if rank() == 0:
             left = datetime.timedelta(seconds=round((total - step) * step_seconds))
             write_log(out, line, f"left {left}")
-            if stop or time.perf_counter() - last_save > SAVE_SECONDS:
+            if stop or now - last_save > SAVE_SECONDS:
                 save_now(step=step, seconds=line["seconds"], epoch_loss=epoch_loss)
                 last_save = time.perf_counter()
         if stop:
@@ -1037,18 +1057,12 @@ def compile_model(model: nn.Module, cfg: Config, dtype: torch.dtype, steps: int)
         model.compile(dynamic=False)
 
 
-def steps_in_epoch(cfg: Config, train_set: Images, test_set: Images | None) -> int:
-    """The whole batches of an epoch; refuses data that cannot be trained or tested on."""
+def steps_in_epoch(cfg: Config, train_set: Images) -> int:
+    """The whole batches of an epoch; refuses a batch that the images or processes do not fill."""
     n, count, world = cfg.batch_size, len(train_set.pixels), world_size()
     if n > count or n % world or n < 2 * world:
         several = f", and a multiple of {world} processes with 2 images each" * (world > 1)
         raise UsageError(f"--batch-size {n}: must be at most all {count} images{several}")
-    if test_set and train_set.classes and test_set.classes:
-        if differ := set(train_set.classes) ^ set(test_set.classes):
-            raise UsageError(
-                f"--dataset: the class {min(differ)} is only in the training or only in the test "
-                "images: add or remove its folder"
-            )
     return count // n
 
 
@@ -1057,7 +1071,18 @@ def monitored(cfg: Config, train_set: Images, test_set: Images | None) -> bool:
     labelled = test_set is not None and train_set.labels.max() >= 0 and test_set.labels.max() >= 0
     if cfg.knn_every and not labelled:
         say("no kNN monitor: it needs labels in the training and in the test images")
+    if cfg.knn_every and labelled:
+        require_same_classes(train_set, test_set)
     return bool(cfg.knn_every and labelled)
+
+
+def require_same_classes(train_set: Images, test_set: Images) -> None:
+    """Else a test image's label would be the number of another class."""
+    if differ := set(train_set.classes) ^ set(test_set.classes):
+        raise UsageError(
+            f"--dataset: there are images of class {min(differ)} either only for training or only "
+            "for testing: add some to the other, or take these out"
+        )
 
 
 # ------------------------------------------------------------ 8. Processes, files, log
@@ -1086,7 +1111,7 @@ def choose_device() -> torch.device:
 
 def join_group(device: torch.device) -> None:
     """Join torchrun's processes. WORLD_SIZE alone, as clusters leave it behind, means nothing."""
-    if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
+    if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         backend, gpu = ("nccl", device) if device.type == "cuda" else ("gloo", None)
         # the others wait while rank 0 decodes or evaluates, perhaps for more than the usual 10 min
         dist.init_process_group(backend, timeout=datetime.timedelta(hours=2), device_id=gpu)
@@ -1095,7 +1120,7 @@ def join_group(device: torch.device) -> None:
 
 
 def local_rank() -> int:
-    return int(os.environ["LOCAL_RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0
+    return int(os.environ.get("LOCAL_RANK", 0)) if "TORCHELASTIC_RUN_ID" in os.environ else 0
 
 
 @contextlib.contextmanager
@@ -1160,14 +1185,20 @@ def resume(out: Path, cfg: Config, names: list[str], parts: dict, encoders: dict
                 "these settings: choose another --output-dir"
             ) from None
     for name, encoder in encoders.items() if saved and rank() == 0 else ():
-        path, count = out / BACKBONES[name], "bn1.num_batches_tracked"
-        kept = read_weights(path) if path.exists() else {count: 0}
-        if not isinstance(kept, dict) or kept.get(count, math.inf) > encoder.state_dict()[count]:
+        path = out / BACKBONES[name]
+        if path.exists() and not trained_for(path) <= int(encoder.bn1.num_batches_tracked):
             raise UsageError(
                 f"{path} is further trained than checkpoint.pth, or another's, and would be "
                 "replaced: move it away, or choose another --output-dir"
             )
     return saved
+
+
+def trained_for(path: Path) -> float:
+    """The batches that the encoder of a backbone file was trained on; inf if it is not ours."""
+    with contextlib.suppress(UsageError, TypeError, KeyError, ValueError, RuntimeError):
+        return float(read_weights(path)["bn1.num_batches_tracked"])
+    return math.inf
 
 
 def read_checkpoint(out: Path, cfg: Config, names: list[str]) -> dict:
@@ -1252,7 +1283,10 @@ def read_weights(path: Path) -> dict:
         if isinstance(error, OSError) or out_of_memory(error):  # a passing fault is not the file's
             raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UsageError(f"{path} cannot be read ({reason}): restore it from a copy") from None
+        fault = f"cannot be read ({reason})"
+        if isinstance(error, pickle.UnpicklingError) and zipfile.is_zipfile(path):
+            fault = "holds other things than tensors, so it is of another program"
+        raise UsageError(f"{path} {fault}: restore it from a copy, or move it away") from None
 
 
 def start_log(out: Path, cfg: Config, step: int, facts: dict) -> None:
@@ -1275,12 +1309,12 @@ def write_log(out: Path, line: dict, more: str = "") -> None:
 
 
 def read_log(path: Path) -> list[dict]:
-    """The lines of a log.jsonl; a last line that was cut off is left out."""
+    """The lines of a log.jsonl; what is not one, such as a last line cut off, is left out."""
     lines = []
-    for text in path.read_text().splitlines() if path.exists() else ():
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
         with contextlib.suppress(json.JSONDecodeError):
             lines.append(json.loads(text))
-    return lines
+    return [line for line in lines if isinstance(line, dict)]
 
 
 def describe_machine(device: torch.device, dtype: torch.dtype) -> dict[str, str | int]:
@@ -1296,9 +1330,12 @@ def describe_machine(device: torch.device, dtype: torch.dtype) -> dict[str, str 
 
 
 def say(text: str) -> None:
-    """Print a line once, whatever the number of processes."""
+    """Print a line once, whatever the number of processes, on a console of any encoding."""
     if rank() == 0:
-        print(text, flush=True)
+        try:
+            print(text, flush=True)
+        except UnicodeEncodeError:
+            print(text.encode("ascii", "backslashreplace").decode(), flush=True)
 
 
 # ------------------------------------------------------------ 9. Command line
@@ -1335,7 +1372,8 @@ def command(program: str, job: Callable[[], object]) -> None:
         job()
         return
     except KeyboardInterrupt:
-        message, code = "stopped; the same command goes on from the last checkpoint", 130
+        message = "stopped; the same command goes on from the last checkpoint, if there is one"
+        code = 130
     except FloatingPointError as error:
         message, code = str(error), 1
     except OSError as error:
@@ -1346,14 +1384,17 @@ def command(program: str, job: Callable[[], object]) -> None:
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        message, code = "out of memory: choose a smaller --batch-size, --width or --image-size", 2
+        what = str(error) if isinstance(error, MemoryError) else ""  # else it is long
+        message = f"{what or 'out of memory'}: free some, or choose a smaller --batch-size"
+        code = 2
     print(f"{program}: {message}", file=sys.stderr)
     sys.exit(code)
 
 
 def out_of_memory(error: Exception) -> bool:
     """Python's error, the GPU's, or that of torch's allocator on the CPU."""
-    return isinstance(error, MemoryError) or " memory" in str(error)
+    said = re.search(r"out of memory|[Uu]nable to alloc|(can't|[Cc]annot) allocate", str(error))
+    return isinstance(error, MemoryError) or said is not None
 
 
 def main(argv: list[str] | None = None) -> None:

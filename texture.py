@@ -321,7 +321,7 @@ def require(condition: bool, otherwise: str) -> None:
 
 
 def is_int(x) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool)
+    return isinstance(x, int | np.integer) and not isinstance(x, bool)
 
 
 def require_sources(sources: Tensor) -> None:
@@ -381,6 +381,10 @@ def bank(
     """
     path, part = Path(path), Path(f"{path}.part")
     require(is_int(textures) and textures >= 1, f"textures={textures!r} must be a positive integer")
+    require(is_int(seed), f"seed={seed!r} must be an integer")
+    textures, seed = int(textures), int(seed)
+    # numpy's numbers would be told apart in the header
+    options = {k: v.item() if isinstance(v, np.generic) else v for k, v in options.items()}
     images = images.cpu().numpy() if isinstance(images, Tensor) else images
     require(images.dtype == np.uint8, f"images are {images.dtype}, not uint8")
     spread = np.array(images[:: 1 + images.size // 2**26], order="C")  # at most 64 MB
@@ -476,7 +480,8 @@ def main(argv: list[str] | None = None) -> None:
 
         from images import square
 
-        sys.stdout.reconfigure(errors="backslashreplace")  # names the console cannot show
+        if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+            sys.stdout.reconfigure(errors="backslashreplace")  # names the console cannot show
         fits = args.window <= args.sample < 4096
         require(fits, f"--sample {args.sample} must be from --window to 4095 pixels")
         args.out.mkdir(parents=True, exist_ok=True)

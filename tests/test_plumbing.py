@@ -18,6 +18,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -140,11 +141,38 @@ def test_when_the_disk_is_full_the_checkpoint_stays_whole_and_the_run_goes_on(
     assert_of_one_step(stopped)
 
 
-def test_a_cut_log_is_no_hindrance(stopped, folder, losses):
-    with open(stopped / "log.jsonl", "a") as file:
-        file.write('{"epoch": 1, "step": 3, "loss": 0.1}\n{"epoch": 1, "st')
+def test_a_cut_or_damaged_log_is_no_hindrance(stopped, folder, losses):
+    with open(stopped / "log.jsonl", "ab") as file:
+        file.write(b'{"epoch": 1, "step": 3, "loss": 0.1}\nnull\n123\n\xff\xfe\n{"epoch": 1, "st')
     sacl.train(tiny(folder, output_dir=stopped))
     assert log_of(stopped) == losses
+
+
+def test_a_step_that_is_due_is_saved_between_the_lines_of_the_log(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(sacl, "SAVE_SECONDS", 0)
+    real, calls = sacl.take, iter(range(6))
+
+    def take(*args):
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(sacl, "take", take)
+    with pytest.raises(KeyboardInterrupt):
+        sacl.train(tiny(folder, output_dir=tmp_path, print_every=1000))
+    assert assert_of_one_step(tmp_path)["step"] == 2
+
+
+def test_a_damaged_backbone_is_not_told_as_a_damaged_run(stopped, folder):
+    words = flags(folder, output_dir=stopped, max_steps=1)
+    odd = io.BytesIO()
+    torch.save({"bn1.num_batches_tracked": "many"}, odd)
+    for content in (b"", b"junk", odd.getvalue()):
+        (stopped / "backbone.pth").write_bytes(content)
+        assert "backbone.pth is further trained" in (told := refused(*words)) and "move" in told
+    (stopped / "backbone.pth").unlink()
+    sacl.main(words)  # the advice works
+    assert assert_of_one_step(stopped)["step"] == 3
 
 
 def test_files_of_the_users_own_are_never_replaced(folder, tmp_path):
@@ -182,6 +210,7 @@ FOREIGN = {
     "a list": [1, 2],
     "a tensor": torch.zeros(3),
     "an object": Foreign(),
+    "settings as an object": {"args": SimpleNamespace(lr=1), "state_dict": {}},
     "half a file": None,
     "nothing": b"",
     "text": b"Not a checkpoint at all.",
@@ -202,7 +231,9 @@ def test_a_checkpoint_of_another_program_is_told_and_kept(kind, run, folder):
     else:
         torch.save(content, path)
     before = contents(run)
-    assert "checkpoint.pth" in refused(*flags(folder, output_dir=run))
+    sentence = refused(*flags(folder, output_dir=run))
+    assert "checkpoint.pth" in sentence and "\x1b" not in sentence
+    assert ("is of another program" in sentence) == (kind not in ("half a file", "nothing", "text"))
     assert contents(run) == before
 
 
@@ -231,10 +262,10 @@ def test_each_evaluation_has_a_file_of_its_own(finished, tmp_path):
     longer = shutil.copytree(finished, tmp_path / "longer")
     weights = torch.load(longer / "backbone.pth")
     for _ in range(2):
-        eval_linear.evaluate(ProbeConfig(**given | {"run": longer}))
+        eval_linear.evaluate(ProbeConfig(**given | dict(run=longer, output_dir=tmp_path / "a/b")))
         weights["bn1.num_batches_tracked"] += 1
         torch.save(weights, longer / "backbone.pth")
-    assert len(list(tmp_path.glob("linear-*.json"))) == 5
+    assert len(list((tmp_path / "a/b").iterdir())) == 2
 
 
 @pytest.mark.parametrize("program", [sacl, eval_linear])
@@ -335,6 +366,19 @@ def test_changed_images_are_told_and_both_ways_out_work(folder, stopped, tmp_pat
     assert log_of(stopped) == losses
 
 
+def test_with_fewer_images_a_run_keeps_its_place_in_the_schedule(folder, tmp_path):
+    root = Path(shutil.copytree(folder, tmp_path / "images"))
+    given = dict(output_dir=tmp_path / "a")
+    sacl.train(tiny(root, **given, max_steps=3))  # half of the 6 steps
+    for path in sorted((root / "train").rglob("*.png"))[::3]:
+        path.unlink()
+    sacl.train(tiny(root, **given, changed_images="accept"))  # 2 steps an epoch, 4 in all
+    lines = [line for line in sacl.read_log(tmp_path / "a/log.jsonl") if "loss" in line]
+    assert [line["step"] for line in lines] == [1, 2, 3, 3, 4]
+    lrs = [line["lr"] for line in lines]
+    assert lrs == sorted(lrs, reverse=True) and lrs[3] == pytest.approx(lrs[0] / 2)
+
+
 def test_images_in_memory_are_known_by_a_checksum():
     x, labels = torch.randint(256, (4, 3, 8, 8)).byte(), torch.zeros(4).long()
     names = [sacl.in_memory(pixels, labels, ["a"]).names for pixels in (x, x.clone(), x.flip(0))]
@@ -421,6 +465,23 @@ def test_a_short_run_is_not_kept_waiting_by_the_monitor(folder, tmp_path):
     assert '"knn"' not in (tmp_path / "log.jsonl").read_text()
 
 
+def test_a_test_image_never_counts_as_of_another_class(folder, finished, tmp_path):
+    """Classes are numbered by name; where one has no test images, the numbers would not fit."""
+    root = Path(shutil.copytree(folder, tmp_path / "images"))
+    shutil.copytree(root / "train/dark", root / "train/amber")
+    words = flags(root, output_dir=tmp_path / "a", epochs=1)
+    for refusal in (
+        refused(*words, "--knn-every", 1),
+        refused(finished, "--dataset", root, program=eval_linear),
+    ):
+        assert "images of class amber" in refusal and "add some to the other" in refusal
+    sacl.main(words)  # without a monitor labels are of no use
+    shutil.copytree(root / "test/dark", root / "test/amber")
+    eval_linear.evaluate(
+        ProbeConfig(run=finished, dataset=root, probe="lbfgs", output_dir=tmp_path)
+    )
+
+
 # ------------------------------------------------------------ kind 6: blame where it belongs
 
 
@@ -467,10 +528,16 @@ def test_a_download_tries_the_mirror_then_the_original_and_says_what_failed(tmp_
     sentence = refused(*flags("cifar100", data_dir=tmp_path, output_dir=tmp_path / "a"))
     assert "--data-dir" in sentence and "no network" in sentence and "meta" not in sentence
     assert tried == sacl.ARCHIVES["cifar100"] and len(tried) == 2
+    (tmp_path / "file").write_text("")  # as a folder that is read-only
+    words = ("--dataset", "cifar100", "--data-dir", tmp_path / "file")
+    sentence = refused(*words, "--output-dir", tmp_path / "a")
+    assert "has no CIFAR100 and cannot be written" in sentence and "name the folder" in sentence
 
 
-def test_a_folder_under_data_dir_goes_before_a_download(folder, tmp_path):
-    (tmp_path / "cifar100").symlink_to(folder)
+@pytest.mark.parametrize("name", ["train", "Train"])
+def test_a_folder_under_data_dir_goes_before_a_download(name, folder, tmp_path):
+    root = shutil.copytree(folder, tmp_path / "cifar100")
+    (root / "train").rename(root / name)
     data = sacl.load_data(Config(dataset="cifar100", data_dir=tmp_path), "train")
     assert data.pixels.shape == (48, 3, 32, 32)
 
@@ -500,7 +567,7 @@ def fault(name, where, error, told, *marks):
     return pytest.param(where, error, told, id=f"{name}, {where}", marks=marks)
 
 
-MEMORY = "out of memory: choose a smaller --batch-size"
+MEMORY = "out of memory: free some, or choose a smaller --batch-size"
 
 
 @pytest.mark.parametrize("where, error, told", [
@@ -512,6 +579,7 @@ MEMORY = "out of memory: choose a smaller --batch-size"
     fault("memory", "load", no_memory(), MEMORY),
     fault("memory", "take", no_memory(), MEMORY),
     fault("GPU memory", "take", torch.OutOfMemoryError("CUDA out of memory"), MEMORY),
+    fault("picture", "load_data", MemoryError("1.png: out of memory"), "1.png: out of memory"),
 ])  # fmt: skip
 def test_a_passing_fault_is_told_as_that(where, error, told, stopped, folder, monkeypatch):
     """Of the images, the checkpoint, a step; never with the advice to remove a good file."""
@@ -539,10 +607,19 @@ def test_an_interrupt_says_that_the_same_command_goes_on(folder, tmp_path, losse
 
 
 def test_a_clusters_variables_do_not_hang_a_plain_start(folder, tmp_path, monkeypatch):
-    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "SLURM_PROCID", "MASTER_PORT"):
+    names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "SLURM_PROCID", "MASTER_PORT")
+    for name in names:
         monkeypatch.setenv(name, "2")
     sacl.train(tiny(folder, output_dir=tmp_path, max_steps=1))
-    assert len(log_of(tmp_path)) == 1
+    for name in names:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "left behind")
+    sacl.train(tiny(folder, output_dir=tmp_path, max_steps=1))
+    assert len(log_of(tmp_path)) == 2
+
+
+def test_a_fault_of_the_gpu_is_not_told_as_a_lack_of_memory():
+    assert not sacl.out_of_memory(RuntimeError("CUDA error: an illegal memory access"))
 
 
 def test_a_batch_that_cannot_be_filled_is_refused(folder, tmp_path, monkeypatch):
@@ -550,13 +627,19 @@ def test_a_batch_that_cannot_be_filled_is_refused(folder, tmp_path, monkeypatch)
     data = sacl.load_data(tiny(folder), "train")
     monkeypatch.setattr(sacl, "world_size", lambda: 3)
     with pytest.raises(UsageError, match="--batch-size 16: .* a multiple of 3 processes"):
-        sacl.steps_in_epoch(tiny(), data, None)
+        sacl.steps_in_epoch(tiny(), data)
 
 
 def test_an_encoder_that_is_not_finite_is_told_as_that(run):
     weights = torch.load(run / "backbone.pth", weights_only=True)
     torch.save(weights | {"conv1.weight": weights["conv1.weight"] * math.nan}, run / "backbone.pth")
     assert "diverged" in refused(run, program=eval_linear)
+    with pytest.raises(UsageError, match="diverged"):  # finite weights of 1e30, say
+        eval_linear.fit_lbfgs(torch.full((9, 4), math.inf), torch.zeros(9).long(), 2, seed=0)
+
+
+def test_a_probe_of_few_images_holds_one_out():
+    assert [len(rows) for rows in eval_linear.holdout(5, seed=0)] == [4, 1]
 
 
 @pytest.mark.parametrize("kind", [*FOREIGN, "of another network"])
@@ -591,7 +674,7 @@ BAD = {
     "width": [0, 2.5, "64", True, None, np.float32(8), np.ones(1), torch.tensor(8)],
     "lr": [0.0, -1.0, math.nan, math.inf, "0.1", np.float64("nan"), True],
     "se": ["late", None, 3, "Standard"],
-    "dataset": [3, None, ["a"], b"shapes"],
+    "dataset": [3, None, ["a"], b"shapes", ""],
     "output_dir": [3, None],
     "grid": [3, 17, -2],
     "combine": [5, 0],
@@ -605,7 +688,7 @@ BAD = {
     "weight_decay": [-1.0],
     "crop_min": [0.0, 1.5],
     "max_hours": [math.nan, -1.0],
-    "texture": ["sometimes"],
+    "texture": ["sometimes", np.array(["none"])],
     "tua": [0.2],
 }
 
@@ -689,6 +772,10 @@ def test_a_console_of_another_encoding_and_a_folder_named_in_chinese(folder, tmp
     console.flush()
     assert b"\\u56fe\\u7247 \xe9" in console.buffer.getvalue()
     assert len(log_of(tmp_path / "运行")) == 1
+    with monkeypatch.context() as patch:  # from Python, on a console that replaces nothing
+        patch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+        sacl.train(tiny(images, output_dir=tmp_path / "运行", max_steps=1))
+    assert len(log_of(tmp_path / "运行")) == 2
 
 
 def test_a_pasted_cell_trains_on_cifar_alone_and_names_what_else_it_needs(cifar, monkeypatch):

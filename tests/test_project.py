@@ -16,12 +16,12 @@ import torch
 HERE = Path(__file__).resolve().parent.parent
 FILES = [p for p in HERE.rglob("*.py") if not {".venv", "runs"} & set(p.parts)]
 BUDGETS = {  # lines, and lines of code: neither blank, nor comments, nor docstrings
-    "sacl.py": (1405, 969),
-    "images.py": (304, 229),
-    "texture.py": (516, 337),
+    "sacl.py": (1448, 1004),
+    "images.py": (366, 282),
+    "texture.py": (519, 341),
     "shapes.py": (102, 70),
-    "eval_linear.py": (276, 198),
-    "test_sacl.py": (740, 534),
+    "eval_linear.py": (283, 205),
+    "test_sacl.py": (741, 535),
     "README.md": (150, None),
 }
 

@@ -448,8 +448,10 @@ def test_a_bank_holds_k_textures_of_each_image_and_the_seed_tells_which(tmp_path
 def test_a_finished_bank_is_read_and_not_made_again(tmp_path, whole, monkeypatch):
     monkeypatch.setattr(texture, "texture_views", None)
     monkeypatch.setattr(texture, "write_at", None)
-    bank = texture.bank(smooth(5, 16), tmp_path / "whole.npy", **SMALL, seeds=None)
-    assert bank.shape == (5, 3, 3, 16, 16)
+    given = {k: np.int64(v) if isinstance(v, int) else v for k, v in SMALL.items()}
+    for words in (SMALL, given):
+        bank = texture.bank(smooth(5, 16), tmp_path / "whole.npy", **words, seeds=None)
+        assert bank.shape == (5, 3, 3, 16, 16)
     assert (tmp_path / "whole.npy").read_bytes() == whole
 
 
