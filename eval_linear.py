@@ -196,7 +196,7 @@ def probe_lbfgs(encoder, data: Images, run: Config, cfg: ProbeConfig, device) ->
 def fit_lbfgs(features: Tensor, labels: Tensor, classes: int, seed: int) -> tuple[nn.Linear, dict]:
     """Multinomial logistic regression on features (L, C); L2 by a held-out tenth, then on all."""
     if not features.isfinite().all():
-        raise UsageError("the encoder's features are not finite: its run has diverged")
+        raise FloatingPointError("the features are not finite: the encoder's run has diverged")
     mean, std = features.mean(0), features.std(0) + 1e-6
     features = (features - mean) / std
 
@@ -262,7 +262,12 @@ def result_path(out: Path, cfg: ProbeConfig, steps: int) -> Path:
                 return path
         except FileNotFoundError:
             return path
-        except (ValueError, KeyError, TypeError, OSError):  # a file or folder of the user's own
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            IsADirectoryError,
+        ):  # a file or folder of the user's own
             continue
 
 

@@ -48,7 +48,7 @@ class Listing(NamedTuple):
     paths: list[Path]  # sorted
     labels: Tensor  # (L,), int64; -1 where there is none
     classes: list[str]
-    names: list[str]  # "path<TAB>bytes" of each, for training below its folder: tells from others
+    names: list[str]  # "path<TAB>bytes" of each; of training images the path below their folder
     told: list[str]  # sentences for the user: how many from where, and what was left out
 
 
@@ -56,8 +56,8 @@ def list_images(root: Path, split: str) -> Listing | None:
     """The "train" or "test" images of a dataset's folder; None where it has no test images.
 
     A folder train, and test or val beside it, are the splits, in any case and within any folders
-    around them. Without them all images are for training. The folders that divide a split's images
-    are its classes; one that holds all of them is none.
+    around them. Without them all images are for training; names that only resemble them are
+    refused. The folders that divide a split's images are its classes; one that holds all is none.
     """
     root = Path(root)
     if split not in ("train", "test"):
@@ -119,7 +119,7 @@ def scan(root: Path) -> tuple[dict[str, int], dict[str, str]]:
 def find_splits(root: Path, sizes: dict[tuple, int]) -> tuple[tuple, list[tuple], list[tuple]]:
     """The folder of training images, () for root itself; those of test images; images of neither.
 
-    Refuses where test images might be trained on unsaid.
+    Raises ValueError where test images might be trained on unnoticed.
     """
     folders = {path[:i] for path in sizes for i in range(1, len(path))}
     found = {f: match for f in folders if (match := SPLIT.fullmatch(f[-1]))}
@@ -129,17 +129,15 @@ def find_splits(root: Path, sizes: dict[tuple, int]) -> tuple[tuple, list[tuple]
     outer = [f for f in sorted(named) if not any(f[:i] in named for i in range(len(f)))]
     trains = [f for f in outer if named[f] == "train"]
     tests = sorted((f for f in outer if named[f] != "train"), key=named.get)  # "test" before "val"
-    if not outer:  # then no name may look like one, among a few folders side by side
-        groups = {f[:-1]: [] for f in folders}
-        for f in sorted(folders):
-            groups[f[:-1]].append(f)
-        for few in groups.values():
-            trains = [f for f in few if "train" in f[-1].lower()]
-            tests = [
-                f for f in few if re.search("test|val|hold", f[-1].lower()) and f not in trains
-            ]
-            if trains and tests and len(few) <= 4:
-                raise ValueError(unclear(root, trains + tests))
+    if not outer:  # but words of these names, in two folders side by side, tell of a split too
+        words = {f: {*re.findall("[A-Z]?[a-z]+|[A-Z]+", f[-1])} for f in folders}
+        words = {f: {word.lower() for word in some} for f, some in words.items()}
+        trains = {f[:-1]: f for f in folders if words[f] & {"train", "training"}}
+        tests = {
+            f for f in folders if words[f] & {"test", "testing", "val", "validation", "holdout"}
+        }
+        if alike := [f for f in sorted(tests - {*trains.values()}) if f[:-1] in trains]:
+            raise ValueError(unclear(root, [trains[alike[0][:-1]], *alike]))
         return (), [], []
     rest = [p for p in sizes if not any(p[: len(f)] == f for f in outer)]
     mixed = any(named[f] != "train" for f in named for t in trains if f[: len(t)] == t)
@@ -229,7 +227,7 @@ def square(path: Path, side: int) -> Tensor:
 
 
 def check_stored(image: Image.Image) -> None:
-    """Mend or refuse what Pillow hands over as it is stored, not as it is meant."""
+    """Mend or refuse raw values that Pillow does not convert."""
     stored, tags = str(image.tile[0][3] if image.tile else ""), getattr(image, "tag_v2", {})
     clear = image.info.get("transparency")  # of a PNG: a value before it was scaled to 8 bits
     if stored in ("L;2", "L;4") and isinstance(clear, int):
@@ -237,11 +235,10 @@ def check_stored(image: Image.Image) -> None:
     elif ";16" in stored and isinstance(clear, tuple):
         image.info["transparency"] = tuple(value >> 8 for value in clear)
     if image.mode[0] not in "IF" and 2 in tags.get(SAMPLE_FORMAT, ()):
-        raise ValueError("its values of 8 bits have signs")
-    if ";16" in stored and image.mode[0] not in "IF":  # Pillow keeps the upper 8 bits
-        colours = image.getextrema()[:3]
-        if 0 < max(high for _, high in colours) < 16:
-            raise ValueError("its colours of 16 bits use only the lowest of them")
+        raise ValueError("it has signed values of 8 bits; save it without signs")
+    if re.search("RGBX?;16[BLN]", stored):  # Pillow keeps the upper 8 bits
+        if 0 < max(high for _, high in image.getextrema()) < 16:
+            raise ValueError("its colours of 16 bits are nearly black; save it with 8 bits")
 
 
 def stretch(image: Image.Image) -> Image.Image:
@@ -291,18 +288,16 @@ def decode(listing: Listing, side: int, folder: Path, in_memory=4 << 30, claim=N
     target = decoded_path(listing, side, folder)
     lock = claim(target.with_suffix(".lock"), wait=True) if claim else contextlib.nullcontext()
     with lock:
-        try:
-            return open_squares(target, shape)
-        except (FileNotFoundError, NotADirectoryError, EOFError, ValueError):  # none, or damaged
+        if open_squares(target, shape) is None:
             write_squares(listing.paths, side, target, log)
     return open_squares(target, shape)
 
 
-def open_squares(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    squares = np.load(path, mmap_mode="r")
-    if squares.shape != shape or squares.dtype != np.uint8:
-        raise ValueError(f"{path} holds something else")
-    return squares
+def open_squares(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+    """The decoded file, mapped; None where there is none, or a damaged one."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError, EOFError, ValueError):
+        squares = np.load(path, mmap_mode="r")
+        return squares if (squares.shape, squares.dtype) == (shape, np.uint8) else None
 
 
 def decode_blocks(paths: list[Path], side: int, log, start=0) -> Iterator[tuple[int, Tensor]]:

@@ -626,7 +626,7 @@ def load_data(cfg: Config, split: str) -> Images | None:
         count, part = {"train": (5000, 0), "test": (1000, 1)}[split]
         return in_memory(*beside("shapes").draw(count, part, cfg.seed))
     root = Path(cfg.data_dir, cfg.dataset) if cfg.dataset in DATASETS else Path(cfg.dataset)
-    unpacked = any(folder.name.lower() == "train" for folder in root.glob("*/"))
+    unpacked = any(f.name.lower() == "train" and f.is_dir() for f in root.glob("*"))
     if cfg.dataset in ARCHIVES and not unpacked:
         return read_archive(cfg, split)
     if not root.is_dir():
@@ -682,7 +682,7 @@ def read_archive(cfg: Config, split: str) -> Images:
         except OSError as error:
             raise UsageError(
                 f"--data-dir {root} has no {kind.__name__} and cannot be written "
-                f"({error.strerror}): name the folder that has its unpacked archive, or another one"
+                f"({error.strerror}): name one that has its unpacked archive, or can be written"
             ) from None
     pixels = torch.as_tensor(data.data)  # CIFAR: (L, 32, 32, 3)
     pixels = pixels if name == "stl10" else pixels.permute(0, 3, 1, 2).contiguous()
@@ -846,22 +846,26 @@ def train(cfg: Config | None = None, build: Callable[[Config], nn.Module] = SACL
     `forward(*views) -> loss` and `update_target(m)`. Returns the trained model.
 
     cfg.output_dir gets checkpoint.pth, the whole state, every 5 minutes and at the end, then
-    backbone.pth and target_backbone.pth from it; config.json and log.jsonl. A file is replaced as a
-    whole or not at all: after a kill at any moment the same command goes on from the checkpoint and
-    writes the backbones anew. One process at a time writes there. Raises UsageError for bad input,
-    FloatingPointError where the loss is not finite, OSError where a disk fails.
+    backbone.pth and target_backbone.pth from it; config.json and log.jsonl. Several processes save
+    at a log line only. A file is replaced as a whole or not at all: after a kill at any moment the
+    same command goes on from the checkpoint and writes the backbones anew. One process at a time
+    writes there. Raises UsageError for bad input, FloatingPointError where the loss is not finite,
+    OSError where a disk fails.
     """
     cfg = cfg or Config()
     require_writable(Path(cfg.output_dir))
     device = choose_device()
     join_group(device)
     try:
-        if local_rank() > 0:  # a machine's first process downloads, decodes, makes a bank
+        if (
+            world_size() > 1 and local_rank() > 0
+        ):  # a machine's first process downloads, decodes, makes a bank
             dist.barrier()
         train_set, test_set = load_data(cfg, "train"), load_data(cfg, "test")
         bank = make_textures(train_set, cfg, 0) if cfg.texture_bank else None
         if world_size() > 1 and local_rank() == 0:  # the others find all that
             dist.barrier()
+        test_set = test_set if monitored(cfg, train_set, test_set) else None
         with claim(Path(cfg.output_dir, "lock")) if rank() == 0 else contextlib.nullcontext():
             return run_epochs(cfg, build, train_set, test_set, bank, device)
     finally:
@@ -895,26 +899,29 @@ def run_epochs(cfg: Config, build, train_set, test_set, bank, device) -> nn.Modu
     if hasattr(raw, "target_encoder"):
         encoders["knn_target"] = raw.target_encoder
 
-    saved = resume(out, cfg, train_set.names, parts, encoders)
-    names, done = train_set.names, saved.get("step", 0)
+    names = train_set.names
+    saved = resume(out, cfg, names, parts, encoders)
     save_now = functools.partial(save_run, out, cfg, names, parts, encoders, steps_per_epoch=steps)
-    scale = steps / saved.get("steps_per_epoch", steps)  # where images have come or gone
-    start = step = round(done * scale)
-    if scale != 1:
-        say(f"step {done} of the run so far is step {step} of {total} with the images of now")
-    earlier, epoch_loss = saved.get("seconds", 0.0), saved.get("epoch_loss", 0.0) * scale
+    done, before = saved.get("step", 0), saved.get("steps_per_epoch", steps)
+    start = step = done * steps // before  # in the same epoch
+    if steps != before:
+        say(f"the images have changed: step {done} becomes step {step} of {total}")
+    earlier, epoch_loss = saved.get("seconds", 0.0), saved.get("epoch_loss", 0.0) * steps / before
     last = min(total, step + cfg.max_steps) if cfg.max_steps else total
     textures = bank
     if bank is None and step < last:  # a finished run needs none
         textures = make_textures(train_set, cfg, step // steps)
-    monitor = knn_monitor if rank() == 0 and monitored(cfg, train_set, test_set) else None
+    monitor = knn_monitor if rank() == 0 and test_set else None
     if rank() == 0:
         if saved:
             save_backbones(out, encoders)  # a kill may have come between them and the checkpoint
         else:  # a full disk shows before anything is trained
-            save_now(step=0, seconds=0.0, epoch_loss=0.0)
+            save_now(step=0, seconds=0.0, epoch_loss=0.0, log_lines=0)
         machine = describe_machine(device, dtype)
-        start_log(out, cfg, done, dict(machine=machine, images=len(images), steps_per_epoch=steps))
+        kept = read_log(out / "log.jsonl")[: saved.get("log_lines", 0)]
+        start_log(
+            out, cfg, step, kept, dict(machine=machine, images=len(images), steps_per_epoch=steps)
+        )
         if monitor and step == 0 and last >= steps * min(cfg.knn_every, cfg.epochs):
             small = len(images) * 12 * cfg.image_size**2 <= 2 << 30  # bytes, as float32
             before = ({"pixels": nn.Flatten()} if small else {}) | encoders
@@ -954,7 +961,7 @@ def run_epochs(cfg: Config, build, train_set, test_set, bank, device) -> nn.Modu
         step, counted, loss_sum = step + 1, counted + 1, loss_sum + loss.detach()
         now = time.perf_counter()
         late = 0 < cfg.max_hours * 3600 <= now - began
-        # of several processes each has a clock of its own: they wait for the next line of the log
+        # clocks differ between processes, so several save at a line of the log only, together
         due = world == 1 and (late or now - last_save > SAVE_SECONDS)
         if step % cfg.print_every and step % steps and step != last and not due:
             continue
@@ -985,8 +992,9 @@ def run_epochs(cfg: Config, build, train_set, test_set, bank, device) -> nn.Modu
         if rank() == 0:
             left = datetime.timedelta(seconds=round((total - step) * step_seconds))
             write_log(out, line, f"left {left}")
-            if stop or now - last_save > SAVE_SECONDS:
-                save_now(step=step, seconds=line["seconds"], epoch_loss=epoch_loss)
+            if stop or time.perf_counter() - last_save > SAVE_SECONDS:
+                facts = dict(seconds=line["seconds"], epoch_loss=epoch_loss)
+                save_now(step=step, **facts, log_lines=len(read_log(out / "log.jsonl")))
                 last_save = time.perf_counter()
         if stop:
             break
@@ -1049,8 +1057,8 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 def compile_model(model: nn.Module, cfg: Config, dtype: torch.dtype, steps: int) -> None:
     """Set it to be compiled at its first step where that is asked for or repays itself."""
-    gpu = dtype == torch.bfloat16 and torch.cuda.is_available() and world_size() == 1
-    if cfg.compile == "on" or (cfg.compile == "auto" and gpu and steps > 3000):
+    pays = dtype == torch.bfloat16 and torch.cuda.is_available() and world_size() == 1
+    if cfg.compile == "on" or (cfg.compile == "auto" and pays and steps > 3000):
         say("compiling at the first step; where the compiler fails, the run goes on without it")
         torch._dynamo.config.suppress_errors = True
         torch._logging.set_logs(dynamo=logging.ERROR)  # else its warnings are 90 lines
@@ -1068,20 +1076,22 @@ def steps_in_epoch(cfg: Config, train_set: Images) -> int:
 
 def monitored(cfg: Config, train_set: Images, test_set: Images | None) -> bool:
     """Whether the kNN monitor is asked for and can be: it needs labels."""
-    labelled = test_set is not None and train_set.labels.max() >= 0 and test_set.labels.max() >= 0
-    if cfg.knn_every and not labelled:
+    if not cfg.knn_every:
+        return False
+    if test_set is None or train_set.labels.max() < 0 or test_set.labels.max() < 0:
         say("no kNN monitor: it needs labels in the training and in the test images")
-    if cfg.knn_every and labelled:
-        require_same_classes(train_set, test_set)
-    return bool(cfg.knn_every and labelled)
+        return False
+    require_same_classes(train_set, test_set)
+    return True
 
 
 def require_same_classes(train_set: Images, test_set: Images) -> None:
     """Else a test image's label would be the number of another class."""
     if differ := set(train_set.classes) ^ set(test_set.classes):
+        only = "training" if min(differ) in train_set.classes else "test"
         raise UsageError(
-            f"--dataset: there are images of class {min(differ)} either only for training or only "
-            "for testing: add some to the other, or take these out"
+            f"--dataset: class {min(differ)} has {only} images only: add some to the other folder, "
+            "or take these out"
         )
 
 
@@ -1153,7 +1163,7 @@ def try_lock(file: io.TextIOBase) -> bool:
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        return not isinstance(error, BlockingIOError | PermissionError)  # Linux's, Windows'
+        return not isinstance(error, PermissionError if os.name == "nt" else BlockingIOError)
     return True
 
 
@@ -1196,7 +1206,7 @@ def resume(out: Path, cfg: Config, names: list[str], parts: dict, encoders: dict
 
 def trained_for(path: Path) -> float:
     """The batches that the encoder of a backbone file was trained on; inf if it is not ours."""
-    with contextlib.suppress(UsageError, TypeError, KeyError, ValueError, RuntimeError):
+    with contextlib.suppress(UsageError, TypeError, LookupError, ValueError):
         return float(read_weights(path)["bn1.num_batches_tracked"])
     return math.inf
 
@@ -1286,12 +1296,11 @@ def read_weights(path: Path) -> dict:
         fault = f"cannot be read ({reason})"
         if isinstance(error, pickle.UnpicklingError) and zipfile.is_zipfile(path):
             fault = "holds other things than tensors, so it is of another program"
-        raise UsageError(f"{path} {fault}: restore it from a copy, or move it away") from None
+        raise UsageError(f"{path} {fault}: restore it from a copy, or use another folder") from None
 
 
-def start_log(out: Path, cfg: Config, step: int, facts: dict) -> None:
-    """Print what runs; log lines after the checkpoint go, since those steps come again."""
-    log = [line for line in read_log(out / "log.jsonl") if step and line.get("step", 0) <= step]
+def start_log(out: Path, cfg: Config, step: int, log: list[dict], facts: dict) -> None:
+    """Print what runs; of the log the lines up to the checkpoint stay: later steps come again."""
     log.append(facts | ({"resumed_at": step} if step else {"settings": asdict(cfg)}))
     write(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log).encode())
     write(out / "config.json", json.dumps(asdict(cfg), indent=1).encode())
@@ -1385,7 +1394,7 @@ def command(program: str, job: Callable[[], object]) -> None:
         if not out_of_memory(error):
             raise
         what = str(error) if isinstance(error, MemoryError) else ""  # else it is long
-        message = f"{what or 'out of memory'}: free some, or choose a smaller --batch-size"
+        message = f"{what or 'out of memory'}: end other programs, or choose a smaller --batch-size"
         code = 2
     print(f"{program}: {message}", file=sys.stderr)
     sys.exit(code)
@@ -1393,7 +1402,7 @@ def command(program: str, job: Callable[[], object]) -> None:
 
 def out_of_memory(error: Exception) -> bool:
     """Python's error, the GPU's, or that of torch's allocator on the CPU."""
-    said = re.search(r"out of memory|[Uu]nable to alloc|(can't|[Cc]annot) allocate", str(error))
+    said = re.search(r"out of memory|not enough memory|(can't|[Cc]annot) allocate", str(error))
     return isinstance(error, MemoryError) or said is not None
 
 

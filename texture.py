@@ -383,7 +383,7 @@ def bank(
     require(is_int(textures) and textures >= 1, f"textures={textures!r} must be a positive integer")
     require(is_int(seed), f"seed={seed!r} must be an integer")
     textures, seed = int(textures), int(seed)
-    # numpy's numbers would be told apart in the header
+    # numpy's numbers print differently in the header
     options = {k: v.item() if isinstance(v, np.generic) else v for k, v in options.items()}
     images = images.cpu().numpy() if isinstance(images, Tensor) else images
     require(images.dtype == np.uint8, f"images are {images.dtype}, not uint8")

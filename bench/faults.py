@@ -9,6 +9,7 @@ root can mount.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import multiprocessing
@@ -190,9 +191,9 @@ def decoded(folder: Path, count) -> np.ndarray:
             count.value += 1
         return square(path, side)
 
-    cfg, always = sacl.Config(**SMALL | dict(decoded_dir=str(folder))), (0, None)
+    cfg, to_file = sacl.Config(**SMALL | dict(decoded_dir=str(folder))), dict(in_memory=0)
     with mock.patch.object(images, "square", slowly):
-        with mock.patch.object(images.decode, "__defaults__", always):
+        with mock.patch.object(images, "decode", functools.partial(images.decode, **to_file)):
             return sacl.load_data(cfg, "train").pixels
 
 
