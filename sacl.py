@@ -918,7 +918,7 @@ def run_epochs(cfg: Config, build, train_set, test_set, bank, device) -> nn.Modu
         else:  # a full disk shows before anything is trained
             save_now(step=0, seconds=0.0, epoch_loss=0.0, log_lines=0)
         machine = describe_machine(device, dtype)
-        kept = read_log(out / "log.jsonl")[: saved.get("log_lines", 0)]
+        kept = read_log(out / "log.jsonl")[: saved.get("log_lines") if saved else 0]
         start_log(
             out, cfg, step, kept, dict(machine=machine, images=len(images), steps_per_epoch=steps)
         )
