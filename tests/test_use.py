@@ -81,3 +81,32 @@ def test_a_folder_becomes_features_and_names(tmp_path):
     np.save(tmp_path / "features.npy", features.numpy())
     assert np.load(tmp_path / "features.npy").shape == (3, encoder.dim)
     assert [name.split("\t")[0] for name in data.names] == ["0.png", "1.png", "2.png"]
+
+
+READY = Path(__file__).resolve().parent.parent / "results" / "cifar100-r18w16"
+
+
+def test_the_encoder_to_download_is_the_one_of_its_log():
+    """Judged on drawn images, which every machine has."""
+    assert sum(path.stat().st_size for path in READY.iterdir()) < 5e6
+    encoder, cfg = load_encoder(ProbeConfig(run=str(READY), dataset="shapes"))
+    first, *_, last = sacl.read_log(READY / "log.jsonl")
+    assert (cfg.epochs, cfg.width) == (last["epoch"], first["settings"]["width"])
+    passes = 2 * last["step"]  # both views of each step
+    assert int(torch.load(READY / "backbone.pth")["bn1.num_batches_tracked"]) == passes
+    data, test = (sacl.load_data(cfg, split) for split in ("train", "test"))
+    bank, query = (
+        sacl.embed(encoder, x.pixels[:500], cfg, torch.device("cpu")) for x in (data, test)
+    )
+    guess = sacl.knn(bank, data.labels[:500], query, len(data.classes), k=20)
+    assert sacl.percent(guess == test.labels[:500]) == pytest.approx(53.6, abs=1)
+
+
+def test_the_encoder_to_download_has_the_accuracy_of_its_log(tmp_path):
+    """Where CIFAR-100 lies in data/."""
+    if not Path("data/cifar100/train").is_dir():
+        pytest.skip("CIFAR-100 is not there as folders of images")
+    encoder, cfg = load_encoder(ProbeConfig(run=str(READY)))
+    train_set, test_set = (sacl.load_data(cfg, split) for split in ("train", "test"))
+    found = sacl.knn_monitor({"knn": encoder}, cfg, train_set, test_set, torch.device("cpu"))
+    assert found["knn"] == pytest.approx(sacl.read_log(READY / "log.jsonl")[-1]["knn"], abs=0.3)
