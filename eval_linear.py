@@ -262,13 +262,8 @@ def result_path(out: Path, cfg: ProbeConfig, steps: int) -> Path:
                 return path
         except FileNotFoundError:
             return path
-        except (
-            ValueError,
-            KeyError,
-            TypeError,
-            IsADirectoryError,
-        ):  # a file or folder of the user's own
-            continue
+        except (ValueError, KeyError, TypeError, IsADirectoryError):
+            continue  # a file or folder of the user's own
 
 
 def main(argv: list[str] | None = None) -> None:

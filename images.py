@@ -130,8 +130,9 @@ def find_splits(root: Path, sizes: dict[tuple, int]) -> tuple[tuple, list[tuple]
     trains = [f for f in outer if named[f] == "train"]
     tests = sorted((f for f in outer if named[f] != "train"), key=named.get)  # "test" before "val"
     if not outer:  # but words of these names, in two folders side by side, tell of a split too
-        words = {f: {*re.findall("[A-Z]?[a-z]+|[A-Z]+", f[-1])} for f in folders}
-        words = {f: {word.lower() for word in some} for f, some in words.items()}
+        words = {
+            f: {word.lower() for word in re.findall("[A-Z]?[a-z]+|[A-Z]+", f[-1])} for f in folders
+        }
         trains = {f[:-1]: f for f in folders if words[f] & {"train", "training"}}
         tests = {
             f for f in folders if words[f] & {"test", "testing", "val", "validation", "holdout"}
