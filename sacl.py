@@ -917,15 +917,13 @@ def run_epochs(cfg: Config, build, train_set, test_set, bank, device) -> nn.Modu
             save_backbones(out, encoders)  # a kill may have come between them and the checkpoint
         else:  # a full disk shows before anything is trained
             save_now(step=0, seconds=0.0, epoch_loss=0.0, log_lines=0)
-        machine = describe_machine(device, dtype)
         kept = read_log(out / "log.jsonl")[: saved.get("log_lines") if saved else 0]
-        start_log(
-            out, cfg, step, kept, dict(machine=machine, images=len(images), steps_per_epoch=steps)
-        )
+        facts = dict(machine=describe_machine(device, dtype), images=len(images))
+        start_log(out, cfg, step, kept, facts | dict(steps_per_epoch=steps))
         if monitor and step == 0 and last >= steps * min(cfg.knn_every, cfg.epochs):
             small = len(images) * 12 * cfg.image_size**2 <= 2 << 30  # bytes, as float32
-            before = ({"pixels": nn.Flatten()} if small else {}) | encoders
-            figures = monitor(before, cfg, train_set, test_set, device)
+            shown = ({"pixels": nn.Flatten()} if small else {}) | encoders
+            figures = monitor(shown, cfg, train_set, test_set, device)
             write_log(out, {"epoch": 0, "step": 0} | figures)
     compile_model(raw, cfg, dtype, last - step)
     model = nn.parallel.DistributedDataParallel(raw) if world > 1 else raw
@@ -993,8 +991,8 @@ def run_epochs(cfg: Config, build, train_set, test_set, bank, device) -> nn.Modu
             left = datetime.timedelta(seconds=round((total - step) * step_seconds))
             write_log(out, line, f"left {left}")
             if stop or time.perf_counter() - last_save > SAVE_SECONDS:
-                facts = dict(seconds=line["seconds"], epoch_loss=epoch_loss)
-                save_now(step=step, **facts, log_lines=len(read_log(out / "log.jsonl")))
+                progress = dict(step=step, seconds=line["seconds"], epoch_loss=epoch_loss)
+                save_now(**progress, log_lines=len(read_log(out / "log.jsonl")))
                 last_save = time.perf_counter()
         if stop:
             break
