@@ -43,13 +43,11 @@ import json
 import logging
 import math
 import os
-import pickle
 import re
 import subprocess
 import sys
 import textwrap
 import time
-import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, asdict, dataclass, fields
@@ -857,13 +855,12 @@ def train(cfg: Config | None = None, build: Callable[[Config], nn.Module] = SACL
     device = choose_device()
     join_group(device)
     try:
-        if (
-            world_size() > 1 and local_rank() > 0
-        ):  # a machine's first process downloads, decodes, makes a bank
+        # a machine's first process downloads, decodes and makes a bank; the others find all that
+        if world_size() > 1 and local_rank() > 0:
             dist.barrier()
         train_set, test_set = load_data(cfg, "train"), load_data(cfg, "test")
         bank = make_textures(train_set, cfg, 0) if cfg.texture_bank else None
-        if world_size() > 1 and local_rank() == 0:  # the others find all that
+        if world_size() > 1 and local_rank() == 0:
             dist.barrier()
         test_set = test_set if monitored(cfg, train_set, test_set) else None
         with claim(Path(cfg.output_dir, "lock")) if rank() == 0 else contextlib.nullcontext():
@@ -1013,7 +1010,7 @@ def explain_demo(out: Path, device: torch.device) -> None:
         first, last = figures[0], figures[-1]
         say(f"learned: {last['knn']} % of test images find their class by nearest neighbours; "
             f"before training {first['knn']} %, by raw pixels {first.get('pixels')} %")  # fmt: skip
-    paper, n = Config(dataset="cifar100"), 128 if device.type == "cuda" else 8
+    paper, n = Config(dataset="cifar100"), 128 if device.type == "cuda" else 4
     model, dtype = SACL(paper).to(device), precision(paper, device)
     x = torch.randint(256, (n, 3, 32, 32), device=device).byte()
     for _ in range(2):  # the first one warms up
@@ -1106,14 +1103,14 @@ def choose_device() -> torch.device:
     torch.cuda.set_device(device)
     torch.backends.cudnn.benchmark = True
     torch.cuda.reset_peak_memory_stats()
-    major, minor = torch.cuda.get_device_capability(device)
-    built = [int(re.sub(r"\D", "", arch)) for arch in torch.cuda.get_arch_list()]
-    if built and 10 * major + minor < min(built):
+    try:
+        torch.ones(1, device=device).add(1).item()  # many builds of torch have no code for a P100
+    except RuntimeError as error:
         raise UsageError(
-            f"torch {torch.__version__} has no code for {torch.cuda.get_device_name(device)} "
-            f"(compute capability {major}.{minor}): choose a newer GPU (on Kaggle the T4), or hide "
-            "this one with CUDA_VISIBLE_DEVICES="
-        )
+            f"torch {torch.__version__} cannot use {torch.cuda.get_device_name(device)} "
+            f"({str(error).splitlines()[0]}): choose another GPU (on Kaggle the T4), or hide this "
+            "one with CUDA_VISIBLE_DEVICES="
+        ) from None
     return device
 
 
@@ -1290,11 +1287,11 @@ def read_weights(path: Path) -> dict:
     except Exception as error:  # zip, pickle and torch each raise their own
         if isinstance(error, OSError) or out_of_memory(error):  # a passing fault is not the file's
             raise
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        fault = f"cannot be read ({reason})"
-        if isinstance(error, pickle.UnpicklingError) and zipfile.is_zipfile(path):
-            fault = "holds other things than tensors, so it is of another program"
-        raise UsageError(f"{path} {fault}: restore it from a copy, or use another folder") from None
+        reason = re.split(r"\. |\n", str(error) or type(error).__name__)[0]
+        raise UsageError(
+            f"{path} cannot be read ({reason}), so it is damaged or of another program: restore it "
+            "from a copy, or use another folder"
+        ) from None
 
 
 def start_log(out: Path, cfg: Config, step: int, log: list[dict], facts: dict) -> None:
@@ -1372,9 +1369,6 @@ def parse(kind: type, argv: list[str] | None = None) -> dict:
 
 def command(program: str, job: Callable[[], object]) -> None:
     """Run a command line's job; what is wrong ends it with one sentence and exit code 2."""
-    for stream in (sys.stdout, sys.stderr):  # a console that lacks a letter shows its code
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
     try:
         job()
         return

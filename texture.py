@@ -14,18 +14,16 @@ The paper fills one pixel after another. But its order depends on which pixels a
 their colours, so all B images share it; and two pixels further apart than half a window do not see
 each other, so they can be filled together with the very result of one after the other.
 
-Script   python texture.py IMAGE... --size 128 --window 11    (reads them by images.py)
-Python   texture_views(images, generator=torch.Generator().manual_seed(0)), or `bank` for a file
+    texture_views(images)                           one for each image of a batch, of its size
+    synthesize(images[:, None], 128, window=11)     of any size, grown from the whole images
+    bank(images, "textures.npy")                    several for each image, in a file
 """
 
-import argparse
 import contextlib
 import functools
-import itertools
 import math
 import os
 import shutil
-import sys
 import time
 import zlib
 from pathlib import Path
@@ -462,45 +460,3 @@ def write_at(path: Path, place: int, data) -> None:
     except OSError as error:
         kept = f"{error.strerror} (what is written is kept; the same command goes on from there)"
         raise OSError(error.errno, kept, str(path)) from None
-
-
-# ------------------------------------------------------------ 5. Command line
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="A texture of each IMAGE: NAME-texture.png.")
-    parser.add_argument("pictures", nargs="+", type=Path, metavar="IMAGE")
-    parser.add_argument("--out", type=Path, default=Path(), help="folder; no file is replaced")
-    parser.add_argument("--size", type=int, default=128, help="side of a texture, in pixels")
-    parser.add_argument("--sample", type=int, default=64, help="side IMAGE is reduced to")
-    parser.add_argument("--window", type=int, default=5, help="side of the neighbourhood, odd")
-    parser.add_argument("--seeds", type=int, default=1, help="k: grow from k x k blocks")
-    parser.add_argument("--seed", type=int, default=0, help="of the random draws")
-    args = parser.parse_args(argv)
-    try:
-        from PIL import Image
-
-        from images import square
-
-        if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
-            sys.stdout.reconfigure(errors="backslashreplace")  # names the console cannot show
-        fits = args.window <= args.sample < 4096
-        require(fits, f"--sample {args.sample} must be from --window to 4095 pixels")
-        args.out.mkdir(parents=True, exist_ok=True)
-        samples = [square(path, args.sample) for path in args.pictures]  # all, before any work
-        for path, sample in zip(args.pictures, samples, strict=True):
-            options = dict(window=args.window, seeds=args.seeds)
-            options |= dict(generator=Generator().manual_seed(args.seed % 2**32))
-            texture = synthesize(sample[None, None], args.size, **options)[0]
-            # a free name: no file is replaced, and pictures of one name are kept apart
-            names = (args.out / f"{path.stem}-texture{i or ''}.png" for i in itertools.count())
-            with next(name for name in names if not name.exists()).open("xb") as file:
-                Image.fromarray(texture.permute(1, 2, 0).numpy()).save(file, "PNG")
-            print(f"{path} -> {file.name}", flush=True)
-    except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as error:
-        said = " ".join(str(error).split()) or "not enough memory: lower --size or --sample"
-        print(f"texture.py: {said}", file=sys.stderr)
-        sys.exit(2)
-
-
-# a pasted notebook cell is __main__ too, but has no __file__: it defines, and runs nothing
-if __name__ == "__main__" and "__file__" in globals():
-    main()

@@ -139,6 +139,25 @@ def test_precision_is_chosen_by_the_card(monkeypatch, capability, dtype):
     assert sacl.precision(tiny(amp="bf16"), torch.device("cpu")) == torch.bfloat16
 
 
+def test_a_gpu_without_code_in_this_torch_is_told_by_name(monkeypatch):
+    """A P100 is seen as a GPU, and fails at the first kernel."""
+
+    def fail(*shape, device):
+        raise RuntimeError("CUDA error: no kernel image is available\nCompile with ...")
+
+    for name in ("set_device", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda *device: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla P100")
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setattr(torch, "ones", fail)
+    with pytest.raises(
+        sacl.UsageError, match="Tesla P100 .CUDA error.* available.: choose another GPU"
+    ):
+        sacl.choose_device()
+
+
 WAITING = {
     ".item()": lambda loss, x: loss + loss.item(),
     ".cpu()": lambda loss, x: loss + loss.cpu().to(loss.device),

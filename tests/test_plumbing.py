@@ -233,7 +233,7 @@ def test_a_checkpoint_of_another_program_is_told_and_kept(kind, run, folder):
     before = contents(run)
     sentence = refused(*flags(folder, output_dir=run))
     assert "checkpoint.pth" in sentence and "\x1b" not in sentence
-    assert ("is of another program" in sentence) == (kind not in ("half a file", "nothing", "text"))
+    assert "of another program" in sentence
     assert contents(run) == before
 
 
@@ -770,7 +770,7 @@ def test_a_console_of_another_encoding_and_a_folder_named_in_chinese(folder, tmp
         patch.setattr(sys, "stdout", console)
         sacl.main(flags(images, output_dir=tmp_path / "运行", max_steps=1))
     console.flush()
-    assert b"\\u56fe\\u7247 \xe9" in console.buffer.getvalue()
+    assert b"\\u56fe\\u7247 \\xe9" in console.buffer.getvalue()
     assert len(log_of(tmp_path / "运行")) == 1
     with monkeypatch.context() as patch:  # from Python, on a console that replaces nothing
         patch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))

@@ -5,14 +5,12 @@ python -m pytest tests/test_texture.py
 
 import errno
 import itertools
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 import texture
 
@@ -598,86 +596,3 @@ def test_a_bad_argument_of_a_bank_is_named_and_leaves_no_file_in_the_way(tmp_pat
     with pytest.raises(ValueError, match=name):
         texture.bank(**good | change)
     assert list(tmp_path.iterdir()) == []
-
-
-# ------------------------------------------------------------ the command line
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    """Three pictures of one name, in a folder that is the current one."""
-    monkeypatch.chdir(tmp_path)
-    for i, name in enumerate(("a/x.png", "b/x.png", "a/x.jpg")):
-        Path(name).parent.mkdir(exist_ok=True)
-        Image.fromarray(smooth(1, 20, i)[0].permute(1, 2, 0).numpy()).save(name)
-    return tmp_path
-
-
-QUICK = "--size 20 --sample 16 --window 3".split()
-
-
-def test_pictures_of_one_name_are_kept_apart_and_no_file_is_replaced(here, capsys):
-    Path("x-texture.png").write_text("mine")
-    texture.main(["a/x.png", "b/x.png", "a/x.jpg", *QUICK])
-    assert Path("x-texture.png").read_text() == "mine"
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"{Path('a/x.png')} -> x-texture1.png" and len(lines) == 3
-    made = [np.asarray(Image.open(f"x-texture{i}.png")) for i in (1, 2, 3)]
-    assert all(image.shape == (20, 20, 3) for image in made)
-    colours = [set(map(tuple, image.reshape(-1, 3).tolist())) for image in made]
-    assert not colours[0] & colours[1]
-    texture.main(["b/x.png", *QUICK, "--out", "new/folder"])
-    assert (np.asarray(Image.open("new/folder/x-texture.png")) == made[1]).all()
-    texture.main(["b/x.png", *QUICK, "--out", "new", "--seed", str(2**40 + 1)])
-    assert (np.asarray(Image.open("new/x-texture.png")) != made[1]).any()
-
-
-def test_a_picture_is_read_as_it_is_seen(here):
-    """Turned by its EXIF tag, and white where it is transparent."""
-    exif = Image.Exif()
-    exif[0x0112] = 3  # upside down
-    bar = np.full((16, 16, 3), 255, np.uint8)
-    bar[:8] = 0
-    Image.fromarray(bar[::-1, ::-1]).save("turned.png", exif=exif)
-    Image.fromarray(bar).save("plain.png")
-    hidden = np.dstack(
-        [np.zeros_like(bar), bar[..., 0]]
-    )  # black, and transparent in the lower half
-    hidden[..., 3] = 255 - hidden[..., 3]
-    Image.fromarray(hidden).save("hidden.png")
-    texture.main(["turned.png", "plain.png", "hidden.png", *QUICK])
-    turned, plain, hidden = (
-        np.asarray(Image.open(f"{name}-texture.png")) for name in ("turned", "plain", "hidden")
-    )
-    assert (turned == plain).all() and (hidden == plain).all()
-
-
-@pytest.mark.parametrize(
-    "told, line",
-    [
-        ("window", ["a/x.png", "--window", "4"]),
-        ("--sample 2", ["a/x.png", "--sample", "2"]),
-        ("seeds", ["a/x.png", *QUICK, "--seeds", "9"]),
-        ("out_size=-1 x -1", ["a/x.png", *QUICK, "--size", "-1"]),
-        ("none.png", ["a/x.png", "none.png"]),
-        ("broken.png", ["a/x.png", "broken.png"]),
-        ("x.png", ["a/x.png", "--out", "b/x.png"]),
-        ("--sample 1000000", ["a/x.png", "--sample", "1000000"]),
-    ],
-)
-def test_bad_input_is_one_sentence_and_exit_code_2(told, line, here, capsys):
-    """No traceback for the user's own mistakes, and no work before they are found."""
-    Path("broken.png").write_text("no image")
-    before = sorted(here.rglob("*"))
-    with pytest.raises(SystemExit) as stop:
-        texture.main(line)
-    out, err = capsys.readouterr()
-    assert stop.value.code == 2 and out == ""
-    assert err.startswith("texture.py: ") and err.count("\n") == 1 and told in err
-    assert sorted(here.rglob("*")) == before
-
-
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't allocate memory:\n1 TB")])
-def test_too_little_memory_is_told_as_that(here, capsys, monkeypatch, error):
-    monkeypatch.setattr(texture, "synthesize", lambda *_, **__: (_ for _ in ()).throw(error))
-    with pytest.raises(SystemExit):
-        texture.main(["a/x.png", *QUICK])
-    assert "memory" in capsys.readouterr().err
