@@ -13,7 +13,7 @@ import shapes
 sacl.SEResNet.BLOCKS["resnet50"] = (sacl.Bottleneck, (1, 0, 0, 0))
 
 draw = shapes.draw
-shapes.draw = lambda count, part, seed: draw(count // 50, part, seed)
+shapes.draw = lambda count, part, seed: draw(count // 100, part, seed)
 SETTINGS = dict(dataset="shapes", width=8, dim=16, epochs=1, knn_every=1, batch_size=16)
 SETTINGS["output_dir"], FOLDER = {out!r} + "/run", {out!r} + "/images"
 """
