@@ -40,7 +40,15 @@ def folder(tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
+def short_encoder():
+    """The encoder "resnet18" has one block; for modules where its depth plays no part."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sacl.SEResNet.BLOCKS, "resnet18", (sacl.BasicBlock, (0, 1, 0, 0)))
+        yield
+
+
+@pytest.fixture(scope="module")
 def finished(folder, tmp_path_factory):
     """The folder of a finished run of three steps; tests that change it copy it."""
     out = tmp_path_factory.mktemp("finished") / "run"

@@ -32,6 +32,7 @@ from eval_linear import ProbeConfig
 from sacl import Config, SEResNet, UsageError
 
 HERE = Path(__file__).parent
+pytestmark = pytest.mark.usefixtures("short_encoder")
 THREE = ("checkpoint.pth", "backbone.pth", "target_backbone.pth")
 
 
@@ -56,7 +57,7 @@ def run(finished, tmp_path):
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def begun(folder, tmp_path_factory):
     """A run that was stopped after 2 of its 6 steps."""
     out = tmp_path_factory.mktemp("begun") / "run"
@@ -70,7 +71,7 @@ def stopped(begun, tmp_path):
     return Path(shutil.copytree(begun, tmp_path / "stopped"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def losses(folder, tmp_path_factory):
     """Of the six steps of the same run when nothing comes between them."""
     out = tmp_path_factory.mktemp("whole")
@@ -723,7 +724,7 @@ def test_settings_of_a_probe_are_checked(given):
 
 
 @pytest.mark.parametrize("program, kind", [(sacl, Config), (eval_linear, ProbeConfig)])
-def test_each_flag_refuses_nonsense_in_a_sentence(program, kind, tmp_path, monkeypatch):
+def test_each_flag_refuses_nonsense_in_a_sentence(program, kind, folder, tmp_path, monkeypatch):
     """Exit code 2, no traceback, and nothing is written."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(inspect, "getsource", lambda kind: "")  # --help's text takes its time
@@ -739,7 +740,7 @@ def test_each_flag_refuses_nonsense_in_a_sentence(program, kind, tmp_path, monke
     for words in (["--tua", "0.2"], ["--tau"], ["surplus", "words"], ["--ta", "1"]):
         refused(*first, *words, program=program)
     if program is sacl and not torch.cuda.is_available():
-        assert "--amp fp16" in refused("--amp", "fp16", "--max-steps", 1, "--texture", "none")
+        assert "--amp fp16" in refused(*flags(folder, max_steps=1, amp="fp16"))
     assert not [p for p in tmp_path.rglob("*") if p.is_file() and p.name != "lock"]
 
 
