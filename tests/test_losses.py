@@ -6,6 +6,7 @@ python -m tests.test_losses      writes the losses of this machine to losses.jso
 import json
 import multiprocessing
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -61,9 +62,9 @@ def losses(where: Path, processes: int = 1, **given) -> list[float]:
 def torchrun(processes: int, words: list[str]) -> None:
     """What `torchrun --nproc-per-node=N words` does: its launcher, and N processes of the script.
 
-    Forks where it can, which spares each of them the import of torch.
+    Forks where that is safe, which spares each of them the import of torch.
     """
-    how = "fork" if hasattr(os, "fork") and not torch.cuda.is_available() else "spawn"
+    how = "fork" if sys.platform == "linux" and not torch.cuda.is_available() else "spawn"
     line = [f"--nproc-per-node={processes}", f"--master-port={29500 + os.getpid() % 1000}"]
     line += [f"--start-method={how}", "--run-path", *words]
     context = multiprocessing.get_context(how)
