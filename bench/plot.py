@@ -1,6 +1,6 @@
 """Results to look at: cells of markdown tables, the forest plot of the claims.
 
-rows of cells        -> rows_of    a markdown table
+rows of cells        -> rows_of    a markdown table; table: of dictionaries
 rows of differences  -> forest     means with their intervals around 0
 """
 
@@ -29,6 +29,15 @@ def count_of(runs: list[dict]) -> str:
 def rows_of(cells: list[list[str]]) -> str:
     cells = [cells[0], ["---"] * len(cells[0]), *cells[1:]]
     return "\n".join("| " + " | ".join(row) + " |" for row in cells)
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown with a column for every key of the longest row."""
+    cells = [list(max(rows, key=len))]
+    for row in rows:
+        values = (row.get(column, "") for column in cells[0])
+        cells.append([f"{x:.4g}" if isinstance(x, float) else str(x) for x in values])
+    return rows_of(cells)
 
 
 INK, GRID = "#222222", "#dddddd"
