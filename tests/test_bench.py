@@ -347,7 +347,7 @@ def test_shifts_that_change_nothing_leave_the_accuracy(folder, monkeypatch):
     encoder = torch.nn.Flatten()
     logits = head(sacl.embed(encoder, data.pixels, run, torch.device("cpu")))
     top1 = eval_linear.accuracy(logits, data.labels, 1)
-    result = shifts.measure(encoder, head, data, {}, run, torch.device("cpu"))
+    result = shifts.measure(encoder, head, data, run, torch.device("cpu"))
     assert result["plain"] == result["corruption_mean"] == top1
     assert all(levels == [top1] * 5 for levels in result["corruptions"].values())
 
