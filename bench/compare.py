@@ -53,49 +53,40 @@ from sacl import SACL, Config, UsageError
 
 
 class System(NamedTuple):
-    """A model, its settings of sacl.Config, and the options of its own."""
+    """A model, its settings of sacl.Config, lr at a batch of 128, and the options of its own."""
 
     model: type
-    settings: dict
-    own: dict
-
-
-def recipe(lr: float, weight_decay: float, **settings) -> dict:
-    """Settings of a system; lr at a batch of 128."""
-    return dict(texture="none", lr=lr, weight_decay=weight_decay, m=0.99) | settings
+    lr: float
+    weight_decay: float
+    settings: dict = {}
+    own: dict = {}
 
 
 # paper: SACL, Section 3.2. lightly: cifar10_benchmark.py, lr 0.06 at a batch of 128, weight decay
 # 5e-4. 003: the code of its authors, lr 0.1 at 256. ours: what no source gives for CIFAR.
 SYSTEMS = {
-    "sacl": System(SACL, recipe(0.1, 1e-4, tau=0.2, texture="negative"), {}),  # paper
-    "fast-moco": System(SACL, recipe(0.1, 1e-4, tau=0.2), {}),  # as SACL; its own tau is 1.0
-    "simclr": System(SimCLR, recipe(0.06, 5e-4, tau=0.5), {}),  # lightly
-    "mocov2": System(  # lightly; tau, groups: MoCo's CIFAR notebook
-        MoCoV2,
-        recipe(0.06, 5e-4, tau=0.1, compile="off"),  # compiling its 16 passes takes many minutes
-        dict(queue=4096, bn_groups=8),
-    ),
-    "byol": System(BYOL, recipe(0.06, 5e-4), {}),  # lightly
-    "simsiam": System(SimSiam, recipe(0.015, 5e-4), {}),  # its paper: 0.03 at a batch of 256
-    "pirl": System(  # PyContrast; ours: 4096, lr and weight decay as lightly's
-        PIRL, recipe(0.06, 5e-4, tau=0.07), dict(dim=128, negatives=4096, lam=0.5, keep=0.5)
-    ),
-    "mining": System(  # ours; recipe and tau: SACL's
-        PotentialSamples,
-        recipe(0.1, 1e-4, tau=0.2),
-        dict(queue=4096, neighbours=5, weighting="both", keep=512, offset=0.0, lam=1.0, ramp=0.1),
-    ),
-    "multi-network": System(  # 003, but for clipped gradients and the predictor's constant lr
-        MultiNetwork, recipe(0.05, 1e-4, tau=1.0), dict(a=6.0, queue=16384, as_shipped=False)
-    ),
-    "harl": System(  # its alpha; ours: recipe as BYOL's
-        HARL, recipe(0.06, 5e-4), dict(objective="byol", alpha=0.5, beta=0.5)
-    ),
-    "harl-nce": System(  # ours: recipe as SACL's
-        HARL, recipe(0.1, 1e-4, tau=0.2), dict(objective="nce", alpha=0.5, beta=0.5)
-    ),
-}
+    "sacl": System(SACL, 0.1, 1e-4, dict(tau=0.2, texture="negative")),  # paper
+    "fast-moco": System(SACL, 0.1, 1e-4, dict(tau=0.2)),  # as SACL; its own tau is 1.0
+    "simclr": System(SimCLR, 0.06, 5e-4, dict(tau=0.5)),  # lightly
+    # lightly; tau, groups: MoCo's CIFAR notebook. Compiling its 16 passes takes many minutes
+    "mocov2": System(MoCoV2, 0.06, 5e-4, dict(tau=0.1, compile="off"),
+                     dict(queue=4096, bn_groups=8)),
+    "byol": System(BYOL, 0.06, 5e-4),  # lightly
+    "simsiam": System(SimSiam, 0.015, 5e-4),  # its paper: 0.03 at a batch of 256
+    # PyContrast; ours: 4096, lr and weight decay as lightly's
+    "pirl": System(PIRL, 0.06, 5e-4, dict(tau=0.07),
+                   dict(dim=128, negatives=4096, lam=0.5, keep=0.5)),
+    # ours; recipe and tau: SACL's
+    "mining": System(PotentialSamples, 0.1, 1e-4, dict(tau=0.2),
+                     dict(queue=4096, neighbours=5, weighting="both", keep=512, offset=0.0,
+                          lam=1.0, ramp=0.1)),
+    # 003, but for clipped gradients and the predictor's constant lr
+    "multi-network": System(MultiNetwork, 0.05, 1e-4, dict(tau=1.0),
+                            dict(a=6.0, queue=16384, as_shipped=False)),
+    # its alpha; ours: recipe as BYOL's, and as SACL's
+    "harl": System(HARL, 0.06, 5e-4, {}, dict(objective="byol", alpha=0.5, beta=0.5)),
+    "harl-nce": System(HARL, 0.1, 1e-4, dict(tau=0.2), dict(objective="nce", alpha=0.5, beta=0.5)),
+}  # fmt: skip
 SCALES = {
     "cpu": dict(arch="resnet18", width=16, dim=256, image_size=32, batch_size=128, epochs=10,
                 knn_every=2),
@@ -122,7 +113,9 @@ def compare(args: argparse.Namespace) -> None:
 def run_config(args: argparse.Namespace, name: str, seed: int) -> tuple[str, Config]:
     """A run's label, which other settings would change, and its settings."""
     system = SYSTEMS[name]
-    given = SCALES[args.scale] | system.settings | ({"epochs": args.epochs} if args.epochs else {})
+    given = SCALES[args.scale] | dict(lr=system.lr, weight_decay=system.weight_decay)
+    given |= dict(texture="none", m=0.99) | system.settings
+    given |= {"epochs": args.epochs} if args.epochs else {}
     digest = hashlib.sha256(json.dumps([given, system.own], sort_keys=True).encode()).hexdigest()
     given |= dict(dataset=args.dataset, data_dir=args.data_dir, texture_bank=args.texture_bank)
     config = Config(**given, seed=seed)
@@ -164,7 +157,7 @@ def results(args: argparse.Namespace, lines: list[dict]) -> str:
         found, (_, config) = ended[name], run_config(args, name, 0)
         linear = (mean_std(x[k] for x in found) for k in ("top1", "top5"))
         at = costs[quickest] / costs[name] * config.epochs if name in costs else 0
-        used = (k for k in ("lr", "weight_decay", "tau") if k in SYSTEMS[name].settings)
+        used = ["lr", "weight_decay"] + ["tau"] * ("tau" in SYSTEMS[name].settings)
         cost = costs[name] / costs["fast-moco"] if {name, "fast-moco"} <= costs.keys() else None
         rows.append({
             "system": name,
