@@ -1,18 +1,16 @@
-"""Time of a training step: ours, with options that sacl.py does not have, and a plain one.
+"""Time of a training step, with options that sacl.py does not have.
 
     python bench/step.py                                                  of `python sacl.py`
     python bench/step.py --dataset cifar100 --batch-size 16 --json out.json
-    python bench/step.py --rows ours+bf16+compile,ours+bf16+compile+fused --whole
+    python bench/step.py --rows bf16+compile,bf16+compile+fused --whole
 
-Any settings of sacl.py may follow. A row is an implementation and its options:
+Any settings of sacl.py may follow. A row is a set of options: a precision (fp32, bf16 or fp16),
+nchw (else channels_last), compile, graphs (CUDA graphs), fused (`fused_standard` below).
 
-ours     as in sacl.train; +compile, +graphs (CUDA graphs), +fused (`fused_standard` below)
-bare     the same step as one would first write it: slices, lists and loops
-options  +nchw, else channels_last; +bf16 or +fp16, else float32
-
-All rows have the same weights, views and SGD. A row's first loss must be bare's in float32 to 1e-5,
-and in float32 its second, which depends on gradients, SGD and EMA, to 1e-3; in 16 bits the first to
-1e-2. A row that fails this, or cannot run, is a line, not a time.
+All rows have the same weights, views and SGD. A row's first loss must be that of fp32+nchw to 1e-5,
+and in fp32 its second, which depends on gradients, SGD and EMA, to 1e-3; in 16 bits the first to
+1e-2. A row that fails this, or cannot run, is a line, not a time. That the loss is the paper's is
+tested in test_sacl.py.
 
 A step is timed from views to updated weights; with --whole from uint8 images on the device. Rows
 are timed in turn, round by round; x is the median over the rounds of the ratio to the first row's
@@ -20,7 +18,6 @@ time in that round. On a busy CPU trust that of the process's own time (CPU x).
 """
 
 import argparse
-import itertools
 import json
 import statistics
 import sys
@@ -38,24 +35,22 @@ import sacl
 from bench.plot import table
 
 ROWS = {
-    "cpu": "ours,ours+nchw,ours+bf16,bare",
-    "cuda": "ours+bf16,ours+bf16+compile,ours+bf16+compile+fused,ours+bf16+graphs,bare+bf16,"
-    "ours+nchw+bf16,ours+fp16,ours",
+    "cpu": "fp32,fp32+nchw,bf16",
+    "cuda": "bf16,bf16+compile,bf16+compile+fused,bf16+graphs,bf16+nchw,fp16,fp32",
 }
-OPTIONS = {"nchw", "bf16", "fp16", "compile", "graphs", "fused"}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+OPTIONS = {"nchw", "compile", "graphs", "fused"}
 
 
-# ------------------------------------------------------------ the implementations
-
-
-class Ours:
-    """The step of sacl.train; weights, views and settings are the same in all rows."""
+class Step:
+    """The step of sacl.train, on random images; weights and views are the same in all rows."""
 
     def __init__(self, cfg: sacl.Config, device: torch.device, options: set[str]):
-        self.cfg, self.device = cfg, device
-        bits = "".join(options & {"bf16", "fp16"})
-        self.dtype = dict(bf16=torch.bfloat16, fp16=torch.float16).get(bits, torch.float32)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=bits == "fp16")
+        precisions = options & DTYPES.keys()
+        if len(precisions) != 1 or options - precisions - OPTIONS:
+            raise ValueError(f"a row has one of {[*DTYPES]} and any of {sorted(OPTIONS)}")
+        self.cfg, self.device, self.dtype = cfg, device, DTYPES[precisions.pop()]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         torch.manual_seed(0)
         self.model = sacl.SACL(cfg)
         for block in self.model.encoder.modules():
@@ -67,7 +62,16 @@ class Ours:
         self.fixed_views = self.views()
         layout = torch.contiguous_format if "nchw" in options else torch.channels_last
         self.model.to(device, memory_format=layout)
-        self.optimizer = self.build(options)
+        for block in self.model.modules():
+            if "fused" in options and isinstance(block, sacl.Block):
+                fuse(block)
+        if options & {"compile", "graphs"}:
+            mode = "reduce-overhead" if "graphs" in options else None
+            self.model.compile(dynamic=False, mode=mode)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        lr, decay = cfg.lr * cfg.batch_size / 128, cfg.weight_decay
+        sgd = dict(momentum=cfg.sgd_momentum, weight_decay=decay, fused=True)
+        self.optimizer = torch.optim.SGD(trained, lr, **sgd)
 
     def views(self) -> tuple[Tensor, ...]:
         """As in sacl.train, with other images in the place of textures."""
@@ -78,33 +82,13 @@ class Ours:
     def step(self, whole: bool = False) -> Tensor:
         views = self.views() if whole else self.fixed_views
         with sacl.autocast(self.device, self.dtype):
-            loss = self.loss(*views)
+            loss = self.model(*views)
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.update_target()
-        return loss.detach()
-
-    def build(self, options: set[str]) -> torch.optim.Optimizer:
-        for block in self.model.modules():
-            if "fused" in options and isinstance(block, sacl.Block):
-                fuse(block)
-        if options & {"compile", "graphs"}:
-            mode = "reduce-overhead" if "graphs" in options else None
-            self.model.compile(dynamic=False, mode=mode)
-        return self.sgd(fused=True)
-
-    def sgd(self, **how) -> torch.optim.Optimizer:
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        sgd = dict(momentum=self.cfg.sgd_momentum, weight_decay=self.cfg.weight_decay)
-        return torch.optim.SGD(trained, self.cfg.lr * self.cfg.batch_size / 128, **sgd, **how)
-
-    def loss(self, *views: Tensor) -> Tensor:
-        return self.model(*views)
-
-    def update_target(self) -> None:
         self.model.update_target(self.cfg.m)
+        return loss.detach()
 
 
 def fuse(block: sacl.Block) -> None:
@@ -137,52 +121,12 @@ def fused_standard(block: sacl.Block, x: Tensor) -> Tensor:
     return F.relu((u + block.downsample(x)).to(x.dtype))
 
 
-class Bare(Ours):
-    """The readable reference."""
-
-    def build(self, options: set[str]) -> torch.optim.Optimizer:
-        return self.sgd(foreach=False)
-
-    def loss(self, x1: Tensor, x2: Tensor, xt: Tensor | None = None) -> Tensor:
-        q1, q2 = self.queries(x1), self.queries(x2)
-        k1, k2 = self.model.keys(x1), self.model.keys(x2)
-        kt = None if xt is None else self.model.texture_keys(xt)
-        return (self.contrast(q1, k2, kt) + self.contrast(q2, k1, kt)) / 2
-
-    def queries(self, x: Tensor) -> list[Tensor]:
-        side = x.shape[-1] // self.cfg.grid
-        corners = itertools.product(range(0, x.shape[-1], side), repeat=2)
-        cells = [x[:, :, row : row + side, column : column + side] for row, column in corners]
-        h = self.model.encoder(torch.cat(cells)).chunk(len(cells))
-        e = [sum(some) / len(some) for some in itertools.combinations(h, self.cfg.combine)]
-        return self.model.predictor(self.model.projector(torch.cat(e))).chunk(len(e))
-
-    def contrast(self, queries: list[Tensor], k: Tensor, kt: Tensor | None) -> Tensor:
-        losses, label = [], torch.arange(len(k), device=k.device)
-        with torch.autocast(k.device.type, enabled=False):
-            for q in queries:
-                q = F.normalize(q.float(), dim=1)
-                logits = q @ F.normalize(k.float(), dim=1).T
-                if kt is not None:
-                    own = (q * F.normalize(kt.float(), dim=1)).sum(1, keepdim=True)
-                    logits = torch.cat([logits, own], 1)
-                losses.append(F.cross_entropy(logits / self.cfg.tau, label))
-        return sum(losses) / len(losses)
-
-    @torch.no_grad()
-    def update_target(self) -> None:
-        m = self.model
-        for net, target in (m.encoder, m.target_encoder), (m.projector, m.target_projector):
-            for p, t in zip(net.parameters(), target.parameters(), strict=True):
-                t.mul_(self.cfg.m).add_(p, alpha=1 - self.cfg.m)
-
-
 # ------------------------------------------------------------ checking and timing
 
 
-def check(row: Ours) -> str:
+def check(row: Step) -> str:
     """How far the row's losses are from what they must be; raises where that is too far."""
-    losses, wanted = two_losses(row), two_losses(Bare(row.cfg, row.device, {"nchw"}))
+    losses, wanted = two_losses(row), two_losses(Step(row.cfg, row.device, {"fp32", "nchw"}))
     allowed = (1e-5, 1e-3) if row.dtype == torch.float32 else (1e-2,)
     off = [abs(a - b) / max(abs(b), 1) for a, b in zip(losses, wanted, strict=True)]
     if not all(a <= b for a, b in zip(off, allowed, strict=False)):
@@ -190,7 +134,7 @@ def check(row: Ours) -> str:
     return " ".join(f"{x:.0e}" for x in off)
 
 
-def two_losses(row: Ours) -> list[float]:
+def two_losses(row: Step) -> list[float]:
     """The losses of the first two steps, of float32 rows with exact convolutions."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = before and row.dtype != torch.float32
@@ -199,15 +143,12 @@ def two_losses(row: Ours) -> list[float]:
     return losses
 
 
-def build(name: str, cfg: sacl.Config, device: torch.device) -> tuple[Ours | None, dict]:
+def build(name: str, cfg: sacl.Config, device: torch.device) -> tuple[Step | None, dict]:
     """A row's step, checked and warmed up, and its facts; or None, and the reason."""
-    implementation, *options = name.split("+")
-    cuda = device.type == "cuda"
+    options, cuda = set(name.split("+")), device.type == "cuda"
     try:
-        if wrong := {implementation} - {"ours", "bare"} | set(options) - OPTIONS:
-            raise ValueError(f"--rows knows no {', '.join(wrong)}")
         before = torch.cuda.memory_allocated() if cuda else 0
-        row = (Bare if implementation == "bare" else Ours)(cfg, device, set(options))
+        row = Step(cfg, device, options)
         facts = {"loss off by": check(row)}
         torch.cuda.reset_peak_memory_stats() if cuda else None
         for _ in range(3 if cuda else 1):  # CUDA graphs are recorded in the second and third
@@ -220,10 +161,10 @@ def build(name: str, cfg: sacl.Config, device: torch.device) -> tuple[Ours | Non
         return None, {"loss off by": f"not run: {type(error).__name__}: {text[0][:150]}"}
 
 
-def measure(rows: dict[str, Ours], rounds: int, whole: bool) -> dict[str, list[dict]]:
+def measure(rows: dict[str, Step], rounds: int, whole: bool) -> dict[str, list[dict]]:
     """Time the rows in turn, each for about half a second a round: a list of times for each."""
 
-    def clock(row: Ours, repeats: int) -> dict[str, float]:
+    def clock(row: Step, repeats: int) -> dict[str, float]:
         cuda = row.device.type == "cuda"
         torch.cuda.synchronize() if cuda else None
         wall, cpu = time.perf_counter(), time.process_time()
