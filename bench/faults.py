@@ -124,7 +124,7 @@ def wait_for(process, text: str) -> None:
 
 
 def one_sentence(process, text: str) -> bool:
-    """Whether a process ended with exit code 2 and a sentence with `text`, without a traceback."""
+    """Whether a process ends with exit code 2 and a sentence with `text`, without a traceback."""
     process.join()
     said = process.said.read_text(errors="replace")
     good = process.exitcode == 2 and text in said.splitlines()[-1] and "Traceback" not in said

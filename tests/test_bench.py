@@ -19,7 +19,7 @@ from PIL import Image
 
 import eval_linear
 import sacl
-from bench import ablations, runs, shifts, verdict
+from bench import ablations, compare, runs, shifts, verdict
 from conftest import refused, tiny
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -102,6 +102,12 @@ def test_the_committed_tables_are_those_of_the_committed_lines():
     assert ablations.tables(lines) == (RESULTS / "claims.md").read_text()
     runs_done = [(x["label"], x["seed"]) for x in lines]
     assert len(set(runs_done)) == len(runs_done)
+
+
+def test_the_committed_comparison_is_that_of_the_committed_lines(capsys, monkeypatch):
+    monkeypatch.chdir(RESULTS.parent)
+    compare.main(["--table"])
+    assert (RESULTS / "compare.md").read_text().endswith("\n\n" + capsys.readouterr().out)
 
 
 def test_the_plain_start_changes_nothing_but_the_scales():
