@@ -23,9 +23,9 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import sacl
 from bench import runs
-from bench.plot import count_of, forest, mean_std, rows_of
+from bench.plot import count_of, forest, mean_std, table
 from bench.verdict import Difference, difference, holm
-from sacl import SACL, Config, UsageError
+from sacl import SACL, Config
 
 
 class Setting(NamedTuple):
@@ -174,32 +174,32 @@ def results(lines: list[dict]) -> list[tuple[Claim, Difference, bool]]:
 
 def tables(lines: list[dict]) -> str:
     """The claims, the open choices and all settings, as markdown."""
-    head = "no.|claim|paper|difference of|figure|mean (95 % interval)|n|verdict|Holm"
-    claims = [head.split("|")]
+    claims, choices, settings = [], [], []
     for i, (c, d, survives) in enumerate(results(lines), 1):
         holm_word = {True: "yes", False: "no"}[survives] if d.done == d.planned else ""
         lost = [x for x in lines if "error" in x and x["label"] in (c.better, c.other)]
         word = d.verdict + "".join(f"; {x['label']}, seed {x['seed']} diverged" for x in lost)
-        claims.append([str(i), c.text, c.where, f"{c.better} minus {c.other}", c.figure, str(d),
-                       str(len(d.values)), word, holm_word])  # fmt: skip
+        claims.append({
+            "no.": i, "claim": c.text, "paper": c.where,
+            "difference of": f"{c.better} minus {c.other}", "figure": c.figure,
+            "mean (95 % interval)": d, "n": len(d.values), "verdict": word, "Holm": holm_word,
+        })  # fmt: skip
     columns = ("linear top-1", "kNN", "shape share", "corruptions")
-    choices = [["difference of", *columns, "n"]]
     for label, other in OPEN.items():
-        row = [compared(lines, label, other, name) for name in columns]
-        choices.append([f"{label} minus {other}", *map(str, row), str(len(row[0].values))])
-    columns = [name for name in FIGURES if name != AREA]
-    settings = [["setting", *columns, "CPU minutes", "n"]]
+        row = {name: compared(lines, label, other, name) for name in columns}
+        n = len(row["linear top-1"].values)
+        choices.append({"difference of": f"{label} minus {other}"} | row | {"n": n})
     for label in SETTINGS:
         of = [x for x in lines if x["label"] == label]
-        row = [mean_std(figure_of(x, name) for x in of) for name in columns]
+        row = {name: mean_std(figure_of(x, name) for x in of) for name in FIGURES if name != AREA}
         seconds = [x["cpu_seconds"]["train"] for x in of if "error" not in x]
         minutes = mean_std(s / 60 for s in seconds if s is not None)
-        settings.append([label, *row, minutes, count_of(of)])
+        settings.append({"setting": label} | row | {"CPU minutes": minutes, "n": count_of(of)})
     machines = {", ".join(f"{k} {v}" for k, v in x["machine"].items()) for x in lines}
     return "\n\n".join([
-        "## Claims", rows_of(claims),
-        "## Choices that the paper leaves open, and the start", rows_of(choices),
-        "## All settings: mean and standard deviation over the seeds", rows_of(settings),
+        "## Claims", table(claims),
+        "## Choices that the paper leaves open, and the start", table(choices),
+        "## All settings: mean and standard deviation over the seeds", table(settings),
         f"{len(lines)} runs, on:", *sorted(machines),
     ]) + "\n"  # fmt: skip
 
@@ -210,27 +210,26 @@ def main(argv: list[str] | None = None) -> None:
                         metavar="LABEL", help="only these settings [all]")  # fmt: skip
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(8)), help="[0 to 7]")
     parser.add_argument("--file", type=Path, default=Path("results/claims.jsonl"))
-    parser.add_argument(
-        "--work", type=Path, default=Path("runs/claims"), help="folders of the runs"
-    )
+    parser.add_argument("--work", type=Path, default=Path("runs/claims"),
+                        help="folders of the runs")  # fmt: skip
     parser.add_argument("--table", action="store_true", help="only print the tables of --file")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="only draw the claims of --file")
     args = parser.parse_args(argv)
-    try:
-        lines = sacl.read_log(args.file)
-        if args.plot:
-            panels = {}
-            for c, d, _ in results(lines):
-                row = f"{c.text} ({c.where})\n{c.better} minus {c.other}", d
-                panels.setdefault(c.figure, []).append(row)
-            forest(panels, args.plot)
-        elif args.table:
-            print(tables(lines), end="")
-        else:
-            run_all(args.rows, args.seeds, args.file, args.work)
-    except UsageError as error:
-        print(f"ablations.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    sacl.command("ablations.py", lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> None:
+    lines = sacl.read_log(args.file)
+    if args.plot:
+        panels = {}
+        for c, d, _ in results(lines):
+            row = f"{c.text} ({c.where})\n{c.better} minus {c.other}", d
+            panels.setdefault(c.figure, []).append(row)
+        forest(panels, args.plot)
+    elif args.table:
+        print(tables(lines), end="")
+    else:
+        run_all(args.rows, args.seeds, args.file, args.work)
 
 
 if __name__ == "__main__":

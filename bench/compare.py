@@ -3,13 +3,13 @@
     python bench/compare.py --dataset cifar100           train and evaluate all that has no line yet
     python bench/compare.py --dataset cifar100 --table   print the results as markdown
 
-The eleven are SACL, SACL without textures (fast-moco: Fast-MoCo with SE and SACL's recipe; its own
-tau is 1.0), the five baselines of Table 3, the three related methods, and HARL again in its InfoNCE
-form: the same kind of loss as SACL's, with parts of a view pooled by a mask where SACL combines
-cells. All have the same encoder, views, batch and schedule, and all but PIRL the same heads.
-SYSTEMS was fixed before any run, from each method's sources where they give settings for CIFAR;
-nothing was tuned, and nothing is chosen on the test set. So a difference between two rows is one of
-methods and recipes together.
+The eleven are SACL, SACL without textures (fast-moco: Fast-MoCo with SE and SACL's recipe), the
+five baselines of Table 3, the three related methods, and HARL again in its InfoNCE form: the same
+kind of loss as SACL's, with parts of a view pooled by a mask where SACL combines cells. All have
+the same encoder, views, batch and schedule, and all but PIRL the same heads. SYSTEMS was fixed
+before any run, from each method's sources where they give settings for CIFAR; nothing was tuned,
+and nothing is chosen on the test set. So a difference between two rows is one of methods and
+recipes together.
 
 Each run uses one CPU thread. The same command may be started once for each core; bench/runs.py sees
 to it that no run is done twice and that an interrupted one resumes.
@@ -18,24 +18,24 @@ Equal time: the kNN of each system when it has used as much time as the quickest
 whole schedule, read off the monitor's curve. The slower systems are then in the middle of their
 schedule, at a high learning rate; a schedule made for that time would probably give more. Time is
 CPU seconds of training with its monitor, SACL's textures and HARL's masks, since wall time on a
-shared machine mostly measures its other users. Runs on a GPU have no such figure, nor have runs
-that were interrupted.
+shared machine mostly measures its other users. Runs on a GPU, and interrupted ones, have no such
+figure.
 
 Encoders are evaluated with the running statistics that training leaves in BatchNorm: in SACL's and
 fast-moco's online encoder those of cells alone, in PIRL's half and half, in the others those of
 whole views.
 """
 
+import argparse
 import dataclasses
 import functools
 import hashlib
 import itertools
 import json
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -44,7 +44,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import sacl
 from bench import runs
-from bench.plot import count_of, mean_std, rows_of
+from bench.plot import count_of, mean_std, table
 from related.baselines import BYOL, PIRL, MoCoV2, SimCLR, SimSiam
 from related.harl import HARL, make_masks
 from related.mining import PotentialSamples
@@ -53,49 +53,40 @@ from sacl import SACL, Config, UsageError
 
 
 class System(NamedTuple):
-    """A model, its settings of sacl.Config, and the options of its own."""
+    """A model, its settings of sacl.Config, lr at a batch of 128, and the options of its own."""
 
     model: type
-    settings: dict
-    own: dict
-
-
-def recipe(lr: float, weight_decay: float, **settings) -> dict:
-    """Settings of a system; lr at a batch of 128."""
-    return dict(texture="none", lr=lr, weight_decay=weight_decay, m=0.99) | settings
+    lr: float
+    weight_decay: float
+    settings: dict = {}
+    own: dict = {}
 
 
 # paper: SACL, Section 3.2. lightly: cifar10_benchmark.py, lr 0.06 at a batch of 128, weight decay
 # 5e-4. 003: the code of its authors, lr 0.1 at 256. ours: what no source gives for CIFAR.
 SYSTEMS = {
-    "sacl": System(SACL, recipe(0.1, 1e-4, tau=0.2, texture="negative"), {}),  # paper
-    "fast-moco": System(SACL, recipe(0.1, 1e-4, tau=0.2), {}),  # as SACL; its own tau is 1.0
-    "simclr": System(SimCLR, recipe(0.06, 5e-4, tau=0.5), {}),  # lightly
-    "mocov2": System(  # lightly; tau, groups: MoCo's CIFAR notebook
-        MoCoV2,
-        recipe(0.06, 5e-4, tau=0.1, compile="off"),  # compiling its 16 passes takes many minutes
-        dict(queue=4096, bn_groups=8),
-    ),
-    "byol": System(BYOL, recipe(0.06, 5e-4), {}),  # lightly
-    "simsiam": System(SimSiam, recipe(0.015, 5e-4), {}),  # its paper: 0.03 at a batch of 256
-    "pirl": System(  # PyContrast; ours: 4096, lr and weight decay as lightly's
-        PIRL, recipe(0.06, 5e-4, tau=0.07), dict(dim=128, negatives=4096, lam=0.5, keep=0.5)
-    ),
-    "mining": System(  # ours; recipe and tau: SACL's
-        PotentialSamples,
-        recipe(0.1, 1e-4, tau=0.2),
-        dict(queue=4096, neighbours=5, weighting="both", keep=512, offset=0.0, lam=1.0, ramp=0.1),
-    ),
-    "multi-network": System(  # 003, but for clipped gradients and the predictor's constant lr
-        MultiNetwork, recipe(0.05, 1e-4, tau=1.0), dict(a=6.0, queue=16384, as_shipped=False)
-    ),
-    "harl": System(  # its alpha; ours: recipe as BYOL's
-        HARL, recipe(0.06, 5e-4), dict(objective="byol", alpha=0.5, beta=0.5)
-    ),
-    "harl-nce": System(  # ours: recipe as SACL's
-        HARL, recipe(0.1, 1e-4, tau=0.2), dict(objective="nce", alpha=0.5, beta=0.5)
-    ),
-}
+    "sacl": System(SACL, 0.1, 1e-4, dict(tau=0.2, texture="negative")),  # paper
+    "fast-moco": System(SACL, 0.1, 1e-4, dict(tau=0.2)),  # as SACL; its own tau is 1.0
+    "simclr": System(SimCLR, 0.06, 5e-4, dict(tau=0.5)),  # lightly
+    # lightly; tau, groups: MoCo's CIFAR notebook. Compiling its 16 passes takes many minutes
+    "mocov2": System(MoCoV2, 0.06, 5e-4, dict(tau=0.1, compile="off"),
+                     dict(queue=4096, bn_groups=8)),
+    "byol": System(BYOL, 0.06, 5e-4),  # lightly
+    "simsiam": System(SimSiam, 0.015, 5e-4),  # its paper: 0.03 at a batch of 256
+    # PyContrast; ours: 4096, lr and weight decay as lightly's
+    "pirl": System(PIRL, 0.06, 5e-4, dict(tau=0.07),
+                   dict(dim=128, negatives=4096, lam=0.5, keep=0.5)),
+    # ours; recipe and tau: SACL's
+    "mining": System(PotentialSamples, 0.1, 1e-4, dict(tau=0.2),
+                     dict(queue=4096, neighbours=5, weighting="both", keep=512, offset=0.0,
+                          lam=1.0, ramp=0.1)),
+    # 003, but for clipped gradients and the predictor's constant lr
+    "multi-network": System(MultiNetwork, 0.05, 1e-4, dict(tau=1.0),
+                            dict(a=6.0, queue=16384, as_shipped=False)),
+    # its alpha; ours: recipe as BYOL's, and as SACL's
+    "harl": System(HARL, 0.06, 5e-4, {}, dict(objective="byol", alpha=0.5, beta=0.5)),
+    "harl-nce": System(HARL, 0.1, 1e-4, dict(tau=0.2), dict(objective="nce", alpha=0.5, beta=0.5)),
+}  # fmt: skip
 SCALES = {
     "cpu": dict(arch="resnet18", width=16, dim=256, image_size=32, batch_size=128, epochs=10,
                 knn_every=2),
@@ -103,57 +94,33 @@ SCALES = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True, kw_only=True)
-class CompareConfig:
-    """What is compared, and where it is kept."""
-
-    dataset: str = "cifar100"  # as in sacl.py
-    data_dir: str = "data"  # as in sacl.py
-    scale: Literal["cpu", "gpu"] = "cpu"  # cpu: a small encoder, ten epochs; gpu: the paper's
-    methods: str = ",".join(SYSTEMS)  # which systems, separated by commas
-    seeds: int = 1  # runs of each, with seeds 0, 1, ...
-    epochs: int = 0  # 0: the scale's
-    texture_bank: str = ""  # as in sacl.py
-    results: str = "results/compare.jsonl"  # file of finished runs, one a line
-    runs: str = "runs/compare"  # folder of the runs
-    table: bool = False  # print the table of finished runs, and stop
-
-    @property
-    def names(self) -> list[str]:
-        return [*dict.fromkeys(name.strip() for name in self.methods.split(","))]
-
-    def __post_init__(self):
-        for name in self.names:
-            if name not in SYSTEMS:
-                raise UsageError(f"--methods {name}: must be of {', '.join(SYSTEMS)}")
-        sacl.check_limits(self, dict(seeds=(1, 10**6), epochs=(0, 10**6)))
-
-
 # ------------------------------------------------------------ runs
 
 
-def compare(cfg: CompareConfig) -> None:
+def compare(args: argparse.Namespace) -> None:
     """Train and evaluate every system, seed by seed, that the file of results does not have."""
     torch.set_num_threads(1)
-    _, first = run_config(cfg, cfg.names[0], 0)
+    _, first = run_config(args, args.methods[0], 0)
     if not sacl.monitored(first, *(sacl.load_data(first, split) for split in ("train", "test"))):
-        raise UsageError(f"--dataset {cfg.dataset}: a comparison needs labels and test images")
-    for seed, name in itertools.product(range(cfg.seeds), cfg.names):
-        label, config = run_config(cfg, name, seed)
+        raise UsageError(f"--dataset {args.dataset}: a comparison needs labels and test images")
+    for seed, name in itertools.product(range(args.seeds), args.methods):
+        label, config = run_config(args, name, seed)
         torch.compiler.reset()  # else each system counts as one more variant of the same code
         build = functools.partial(build_system, name)
-        runs.run(label, config, Path(cfg.results), build, method=name, own=SYSTEMS[name].own)
+        runs.run(label, config, args.results, build, method=name, own=SYSTEMS[name].own)
 
 
-def run_config(cfg: CompareConfig, name: str, seed: int) -> tuple[str, Config]:
+def run_config(args: argparse.Namespace, name: str, seed: int) -> tuple[str, Config]:
     """A run's label, which other settings would change, and its settings."""
     system = SYSTEMS[name]
-    given = SCALES[cfg.scale] | system.settings | ({"epochs": cfg.epochs} if cfg.epochs else {})
+    given = SCALES[args.scale] | dict(lr=system.lr, weight_decay=system.weight_decay)
+    given |= dict(texture="none", m=0.99) | system.settings
+    given |= {"epochs": args.epochs} if args.epochs else {}
     digest = hashlib.sha256(json.dumps([given, system.own], sort_keys=True).encode()).hexdigest()
-    given |= dict(dataset=cfg.dataset, data_dir=cfg.data_dir, texture_bank=cfg.texture_bank)
+    given |= dict(dataset=args.dataset, data_dir=args.data_dir, texture_bank=args.texture_bank)
     config = Config(**given, seed=seed)
-    label = f"{Path(cfg.dataset).name}-{cfg.scale}-{config.epochs}/{name}-{digest[:6]}"
-    return label, dataclasses.replace(config, output_dir=str(Path(cfg.runs, f"{label}-{seed}")))
+    label = f"{Path(args.dataset).name}-{args.scale}-{config.epochs}/{name}-{digest[:6]}"
+    return label, dataclasses.replace(config, output_dir=str(args.runs / f"{label}-{seed}"))
 
 
 def build_system(name: str, config: Config) -> nn.Module:
@@ -170,50 +137,49 @@ def build_system(name: str, config: Config) -> nn.Module:
 # ------------------------------------------------------------ the table
 
 
-def table(cfg: CompareConfig, lines: list[dict]) -> str:
+def results(args: argparse.Namespace, lines: list[dict]) -> str:
     """Markdown of the finished runs of this dataset, scale and length, best linear top-1 first."""
     recorded = {}  # with their settings of now; those of diverged runs too
-    for name in cfg.names:
-        label, _ = run_config(cfg, name, 0)
+    for name in args.methods:
+        label, _ = run_config(args, name, 0)
         recorded[name] = [line for line in lines if line.get("label") == label]
     ended = {name: [x for x in found if "error" not in x] for name, found in recorded.items()}
     if not any(ended.values()):
         raise UsageError(
-            f"--results {cfg.results} has no finished run of --dataset {cfg.dataset} at --scale "
-            f"{cfg.scale}: run the same command without --table"
+            f"--results {args.results} has no finished run of --dataset {args.dataset} at --scale "
+            f"{args.scale}: run the same command without --table"
         )
     costs = {name: cost for name, found in ended.items() if (cost := cpu_seconds(found))}
     quickest = min(costs, key=costs.get, default=None)
-    heads = ["linear, top-1 / top-5", "kNN", "kNN at equal time", "kNN, target"]
-    rows = [["system", *heads, "n", "lr, wd, tau", "cost"]]
+    rows = []
     best = {name: mean(x["top1"] for x in found) if found else 0 for name, found in ended.items()}
-    for name in sorted(filter(recorded.get, cfg.names), key=best.get, reverse=True):
-        found, (_, config) = ended[name], run_config(cfg, name, 0)
+    for name in sorted(filter(recorded.get, args.methods), key=best.get, reverse=True):
+        found, (_, config) = ended[name], run_config(args, name, 0)
         linear = (mean_std(x[k] for x in found) for k in ("top1", "top5"))
         at = costs[quickest] / costs[name] * config.epochs if name in costs else 0
-        used = (k for k in ("lr", "weight_decay", "tau") if k in SYSTEMS[name].settings)
+        used = ["lr", "weight_decay"] + ["tau"] * ("tau" in SYSTEMS[name].settings)
         cost = costs[name] / costs["fast-moco"] if {name, "fast-moco"} <= costs.keys() else None
-        rows.append([
-            name,
-            " / ".join(linear) if found else "",
-            mean_std(x["knn"] for x in found),
-            mean_std(knn_at(x, config, at) for x in found),
-            mean_std(x.get("knn_target") for x in found),
-            count_of(recorded[name]),
-            ", ".join(f"{getattr(config, k):g}" for k in used),
-            mean_std([cost]),
-        ])  # fmt: skip
+        rows.append({
+            "system": name,
+            "linear, top-1 / top-5": " / ".join(linear) if found else "",
+            "kNN": mean_std(x["knn"] for x in found),
+            "kNN at equal time": mean_std(knn_at(x, config, at) for x in found),
+            "kNN, target": mean_std(x.get("knn_target") for x in found),
+            "n": count_of(recorded[name]),
+            "lr, wd, tau": ", ".join(f"{getattr(config, k):g}" for k in used),
+            "cost": mean_std([cost]),
+        })  # fmt: skip
     machines = [x["machine"] for found in ended.values() for x in found]
     machines = dict.fromkeys(f"{x.get('cpu', x['device'])} in {x['precision']}" for x in machines)
     timed = f"as much as {quickest} needs; the others are then in the middle of their schedule"
     caption = (
-        f"{cfg.dataset}, {config.epochs} epochs, {config.arch} of width {config.width}, "
+        f"{args.dataset}, {config.epochs} epochs, {config.arch} of width {config.width}, "
         f"{', '.join(machines)}. The online encoder unless it says target; linear: L-BFGS. Equal "
         f"time: {timed if quickest else 'not known'}. lr, wd, tau: from the source where it gives "
         "them for CIFAR, fixed before any run, none tuned. Cost: CPU seconds, in fast-moco's. "
         "Figures that others published: related/README.md."
     )
-    return f"{rows_of(rows)}\n\n{caption}"
+    return f"{table(rows)}\n\n{caption}"
 
 
 def cpu_seconds(ended: list[dict]) -> float | None:
@@ -230,15 +196,27 @@ def knn_at(line: dict, config: Config, epoch: float) -> float | None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    given = sacl.parse(CompareConfig, argv)
-    sacl.command("compare.py", lambda: run(CompareConfig(**given)))
+    parser = argparse.ArgumentParser("compare.py", allow_abbrev=False)
+    parser.add_argument("--dataset", default="cifar100", help="as in sacl.py")
+    parser.add_argument("--data-dir", default="data", help="as in sacl.py")
+    parser.add_argument("--texture-bank", default="", help="as in sacl.py")
+    parser.add_argument("--scale", choices=SCALES, default="cpu", help="gpu: the paper's [cpu]")
+    parser.add_argument("--epochs", type=int, default=0, help="[the scale's]")
+    parser.add_argument("--methods", nargs="+", choices=SYSTEMS, default=list(SYSTEMS),
+                        metavar="NAME", help="which of the eleven [all]")  # fmt: skip
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each, from seed 0 on [1]")
+    parser.add_argument("--results", type=Path, default=Path("results/compare.jsonl"))
+    parser.add_argument("--runs", type=Path, default=Path("runs/compare"), help="their folders")
+    parser.add_argument("--table", action="store_true", help="only print the table of --results")
+    args = parser.parse_args(argv)
+    sacl.command("compare.py", lambda: run(args))
 
 
-def run(cfg: CompareConfig) -> None:
-    if cfg.table:
-        print(table(cfg, sacl.read_log(Path(cfg.results))))
+def run(args: argparse.Namespace) -> None:
+    if args.table:
+        print(results(args, sacl.read_log(args.results)))
     else:
-        compare(cfg)
+        compare(args)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
 """Pictures of the method and charts of runs, PNG, by matplotlib (bench/requirements.txt).
 
     python bench/figures.py views --dataset cifar100         views, textures (Fig. 1)
-    python bench/figures.py neighbours RUN                   what lies near test images
     python bench/figures.py curves RUN...                    loss and kNN, by epochs and minutes
     python bench/figures.py compare --dataset cifar100       SACL among other systems
 
-A RUN is a run's folder; for curves also a log. `compare` is drawn from what bench/compare.py left
-in results/compare.jsonl. Each writes results/figure-<name>.png, or --out.
+A RUN is a run's folder or a log. `compare` is drawn from what bench/compare.py left in
+results/compare.jsonl. Each writes results/figure-<name>.png, or --out.
 """
 
 import argparse
@@ -21,102 +20,43 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import eval_linear
 import sacl
 import texture
 from sacl import UsageError
 
-RIGHT, WRONG = "#009e73", "#d55e00"  # frames of neighbours
-Row = list[tuple[Tensor, str, str]]  # pictures (3, H, W), their captions, colours of their frames
-
-
 # ------------------------------------------------------------ pictures: rows by their labels
 
 
-def views(args: argparse.Namespace) -> dict[str, Row]:
+def views(args: argparse.Namespace) -> dict[str, Tensor]:
     """The paper's Fig. 1: images, two weak views of each, its texture and the texture's view."""
-    cfg, x = pick(args)
-    textures = texture.texture_views(x, generator=seeded(args))
-    draw1, draw2 = (sacl.sample_view(len(x), cfg, x.device) for _ in range(2))
-    pairs = {"weak view x1": (x, draw1), "weak view x2": (x, draw2)}
-    pairs["texture view xt"] = textures, draw1
-    shown = {k: denormalize(sacl.augment(*v, cfg.image_size)) for k, v in pairs.items()}
-    strong = shown.pop("texture view xt")
-    return captionless({"image x": x, **shown, "texture of x": textures, "texture view xt": strong})
-
-
-def neighbours(args: argparse.Namespace) -> dict[str, Row]:
-    """Test images of different classes, and the training images whose features are nearest.
-
-    Framed green where the class is the query's; below, the cosine.
-    """
-    if len(args.runs) != 1:
-        raise UsageError("neighbours needs one RUN")
-    probe = eval_linear.ProbeConfig(run=args.runs[0], encoder=args.encoder, data_dir=args.data_dir)
-    encoder, run = eval_linear.load_encoder(probe)
-    train, test = (sacl.load_data(run, split) for split in ("train", "test"))
-    if test is None or test.labels.max() < 0:
-        raise UsageError(f"{args.runs[0]}: its dataset has no labelled test images")
-    order = torch.randperm(len(test.labels), generator=seeded(args))
-    first = [(test.labels[order] == c).nonzero()[0].item() for c in test.labels.unique()]
-    queries, device = order[sorted(first)[: args.count]], torch.device("cpu")
-    q = sacl.unit(sacl.embed(encoder, test.pixels, run, device, queries))
-    bank = sacl.unit(sacl.embed(encoder, train.pixels, run, device))
-    similar, nearest = (q @ bank.T).topk(args.count)
-    rows = {}
-    for i, query in enumerate(queries.tolist()):
-        label = int(test.labels[query])
-        row = [(image(test, query), "query", "black")]
-        for cosine, j in zip(similar[i].tolist(), nearest[i].tolist(), strict=True):
-            right = int(train.labels[j]) == label
-            row.append((image(train, j), f"{cosine:.2f}", RIGHT if right else WRONG))
-        rows[test.classes[label].replace("_", " ")] = row
-    return rows
-
-
-def seeded(args: argparse.Namespace) -> torch.Generator:
-    return torch.Generator().manual_seed(args.seed)
-
-
-def pick(args: argparse.Namespace) -> tuple[sacl.Config, Tensor]:
-    """Settings for drawing, and training images at random places, (count, 3, S, S)."""
     size = {} if args.dataset in sacl.DATASETS else {"image_size": 32}
-    data_dir = {"data_dir": args.data_dir} if args.data_dir else {}
-    cfg = sacl.Config(dataset=args.dataset, **data_dir, **size)
-    data = sacl.load_data(cfg, "train")
-    rows = torch.randperm(len(data.labels), generator=seeded(args))[: args.count]
-    torch.manual_seed(args.seed)  # of the views
-    return cfg, sacl.take(data.pixels, rows, torch.device("cpu"))
+    cfg = sacl.Config(dataset=args.dataset, data_dir=args.data_dir, **size)
+    pixels, g = sacl.load_data(cfg, "train").pixels, torch.Generator().manual_seed(args.seed)
+    index = torch.randperm(len(pixels), generator=g)[: args.count]
+    x = sacl.take(pixels, index, torch.device("cpu"))
+    textures = texture.texture_views(x, generator=torch.Generator().manual_seed(args.seed))
+    torch.manual_seed(args.seed)
+    draw1, draw2 = (sacl.sample_view(len(x), cfg, x.device) for _ in range(2))
+
+    def view(images: Tensor, draw) -> Tensor:
+        mean, std = (torch.tensor(v)[:, None, None] for v in (sacl.MEAN, sacl.STD))
+        return (sacl.augment(images, draw, cfg.image_size) * std + mean).clamp(0, 1)
+
+    rows = {"image x": x, "weak view x1": view(x, draw1), "weak view x2": view(x, draw2)}
+    return rows | {"texture of x": textures, "texture view xt": view(textures, draw1)}
 
 
-def image(data: sacl.Images, row: int) -> Tensor:
-    return sacl.take(data.pixels, torch.tensor([row]), torch.device("cpu"))[0]
-
-
-def denormalize(view: Tensor) -> Tensor:
-    """Normalised views (N, 3, H, W) as images in [0, 1]."""
-    mean, std = (torch.tensor(v)[:, None, None] for v in (sacl.MEAN, sacl.STD))
-    return (view * std + mean).clamp(0, 1)
-
-
-def captionless(rows: dict[str, Tensor]) -> dict[str, Row]:
-    return {label: [(x, "", "") for x in row] for label, row in rows.items()}
-
-
-def sheet(rows: dict[str, Row], out: Path) -> None:
-    """Rows of pictures, uint8 or in [0, 1], each row behind its label."""
+def sheet(rows: dict[str, Tensor], out: Path) -> None:
+    """Rows of pictures (N, 3, H, W), uint8 or in [0, 1], each row behind its label."""
     columns = max(map(len, rows.values()))
     drawing = Figure(figsize=(1.1 * columns + 1.4, 1.25 * len(rows)), layout="constrained")
     axes = drawing.subplots(len(rows), columns, squeeze=False)
     for (label, row), line in zip(rows.items(), axes, strict=True):
         line[0].set_ylabel(label, rotation=0, ha="right", va="center")
-        for axis, (x, caption, colour) in zip(line, row, strict=False):
-            axis.imshow(x.expand(3, -1, -1).permute(1, 2, 0).numpy(), interpolation="nearest")
-            axis.set_xlabel(caption, fontsize=8)
+        for axis, x in zip(line, row, strict=True):
+            axis.imshow(x.permute(1, 2, 0).numpy(), interpolation="nearest")
             axis.set(xticks=[], yticks=[])
-            axis.spines[:].set(color=colour or "#bbbbbb", linewidth=2.5 if colour else 0.5)
-        for axis in line[len(row) :]:
-            axis.set_axis_off()
+            axis.spines[:].set(color="#bbbbbb", linewidth=0.5)
     drawing.savefig(out, dpi=150)
 
 
@@ -190,36 +130,32 @@ def chart(panels: list[dict], out: Path) -> None:
 
 # ------------------------------------------------------------ command line
 
-PICTURES = {f.__name__: f for f in (views, neighbours)}
-CHARTS = {f.__name__: f for f in (curves, compare)}
-
 
 def draw(args: argparse.Namespace) -> None:
     if args.count < 1:
         raise UsageError(f"--count {args.count}: must be at least 1")
-    if args.out.suffix != ".png":
-        raise UsageError(f"--out {args.out}: must end in .png")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    if args.name in PICTURES:
-        sheet(PICTURES[args.name](args), args.out)
+    out = args.out or Path("results", f"figure-{args.name}.png")
+    if out.suffix != ".png":
+        raise UsageError(f"--out {out}: must end in .png")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if args.name == "views":
+        sheet(views(args), out)
     else:
-        chart(CHARTS[args.name](args), args.out)
-    print(args.out, flush=True)
+        chart({"curves": curves, "compare": compare}[args.name](args), out)
+    print(out, flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("figures.py", allow_abbrev=False)
-    parser.add_argument("name", choices=[*PICTURES, *CHARTS])
+    parser.add_argument("name", choices=("views", "curves", "compare"))
     parser.add_argument("runs", nargs="*", metavar="RUN")
     parser.add_argument("--dataset", default="shapes")
-    parser.add_argument("--data-dir", default="", help="[data, or the run's]")
-    parser.add_argument("--encoder", choices=("online", "target"), default="online")
+    parser.add_argument("--data-dir", default="data")
     parser.add_argument("--count", type=int, default=8, help="images in a row [8]")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--file", type=Path, default=Path("results/compare.jsonl"))
     parser.add_argument("--out", type=Path, help="[results/figure-<name>.png]")
     args = parser.parse_args(argv)
-    args.out = args.out or Path("results", f"figure-{args.name}.png")
     sacl.command("figures.py", lambda: draw(args))
 
 

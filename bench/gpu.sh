@@ -30,13 +30,12 @@ part machine nvidia-smi
 # 1. The tests, with CUDA. Sums round differently there; the tests allow for it.
 part tests python -m pytest -q
 
-# 2. Time of a step: eager, compiled, the fused tail, CUDA graphs, and the plain implementation.
-#    A step of sacl.py's default on this card (ours+bf16+compile) should lead; where +fused or
-#    +graphs is clearly faster (x below 0.95), they are worth having in sacl.py.
-part step python bench/step.py --whole --json "$OUT/step.json"
-part step-512 python bench/step.py --whole --batch-size 512 --json "$OUT/step-512.json" \
-  --rows ours+bf16,ours+bf16+compile,ours+bf16+compile+fused
-part step-peers python bench/step.py --job moco3 --json "$OUT/step-peers.json"
+# 2. Time of a step: eager, compiled, with the fused tail, with CUDA graphs.
+#    A step of sacl.py's default on this card (bf16+compile) should lead; where fused or graphs is
+#    clearly faster (x below 0.95), they are worth having in sacl.py.
+part step python bench/step.py --dataset cifar100 --whole --json "$OUT/step.json"
+part step-512 python bench/step.py --dataset cifar100 --whole --batch-size 512 \
+  --json "$OUT/step-512.json" --rows bf16,bf16+compile,bf16+compile+fused
 part textures python bench/texture.py --data-dir "$DATA" --json "$OUT/texture.json"
 
 # 3. The paper's run (Section 3.2) and its linear evaluation; then what the encoder goes by.

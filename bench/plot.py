@@ -1,15 +1,9 @@
-"""Results to look at: cells of markdown tables, the forest plot of the claims.
-
-rows of cells        -> rows_of    a markdown table
-rows of differences  -> forest     means with their intervals around 0
-"""
+"""Results to look at: markdown tables, and the plot of the claims."""
 
 import statistics
 from pathlib import Path
 
 from bench.verdict import Difference
-
-# ------------------------------------------------------------ markdown
 
 
 def mean_std(values) -> str:
@@ -26,15 +20,14 @@ def count_of(runs: list[dict]) -> str:
     return str(len(runs) - lost) + f", {lost} diverged" * (lost > 0)
 
 
-def rows_of(cells: list[list[str]]) -> str:
-    cells = [cells[0], ["---"] * len(cells[0]), *cells[1:]]
-    return "\n".join("| " + " | ".join(row) + " |" for row in cells)
-
-
-INK, GRID = "#222222", "#dddddd"
-
-
-# ------------------------------------------------------------ differences
+def table(rows: list[dict]) -> str:
+    """Markdown with a column for every key of the longest row."""
+    columns = list(max(rows, key=len))
+    lines = [columns, ["---"] * len(columns)]
+    for row in rows:
+        values = (row.get(column, "") for column in columns)
+        lines.append([f"{x:.4g}" if isinstance(x, float) else str(x) for x in values])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def forest(panels: dict[str, list[tuple[str, Difference]]], path: str | Path) -> None:
@@ -45,32 +38,32 @@ def forest(panels: dict[str, list[tuple[str, Difference]]], path: str | Path) ->
     """
     from matplotlib.figure import Figure
 
+    ink = "#222222"
     colours = {"held": "#009e73", "did not hold": "#d55e00"}
     heights = [len(rows) for rows in panels.values()]
     drawing = Figure(figsize=(11, 0.33 * sum(heights) + 0.75 * len(panels)), layout="constrained")
     axes = drawing.subplots(len(panels), height_ratios=[n + 1 for n in heights], squeeze=False)
     for axis, (figure, rows) in zip(axes[:, 0], panels.items(), strict=True):
         for y, (_, d) in enumerate(rows):
-            colour = colours.get(d.verdict, INK)
+            colour = colours.get(d.verdict, ink)
+            face, note = "white", f"n = {len(d.values)}: no interval yet"  # a hollow point
             if d.half is not None:
                 axis.errorbar(d.mean, y, xerr=d.half, color=colour, capsize=3, lw=2, zorder=2)
-            face = colour if d.half is not None else "white"  # a hollow point has no interval
+                face, note = colour, d.verdict
             axis.plot(d.values, [y] * len(d.values), "|", color="#999999", ms=7, zorder=1)
             if d.mean is not None:
                 axis.plot(d.mean, y, "o", color=colour, mfc=face, zorder=3)
-            note = d.verdict if d.half is not None else f"n = {len(d.values)}: no interval yet"
             axis.annotate(note, (1.01, y), xycoords=("axes fraction", "data"), va="center",
                           color=colour, fontsize=9)  # fmt: skip
-        axis.axvline(0, color=INK, lw=1.2, zorder=1)
+        axis.axvline(0, color=ink, lw=1.2, zorder=1)
         # 0 in the middle, so that a side means the same in every panel
-        ends = [x for _, d in rows for x in (*d.values, (d.mean or 0) + (d.half or 0))]
-        ends += [(d.mean or 0) - (d.half or 0) for _, d in rows]
+        ends = [x for _, d in rows for x in (*d.values, abs(d.mean or 0) + (d.half or 0))]
         reach = 1.1 * max(map(abs, ends)) or 1
         axis.set(xlim=(-reach, reach), ylim=(len(rows) - 0.4, -0.6), yticks=range(len(rows)))
         axis.set_yticklabels([text for text, _ in rows], fontsize=9)
         axis.set_title(figure, loc="left", fontsize=10, fontweight="bold")
         axis.set_title("as the paper says \u2192", loc="right", fontsize=9)
-        axis.grid(axis="x", color=GRID)
+        axis.grid(axis="x", color="#dddddd")
         axis.set_axisbelow(True)
         axis.spines[["top", "right", "left"]].set_visible(False)
         axis.tick_params(axis="y", length=0)

@@ -116,11 +116,7 @@ def evaluate(model: nn.Module, cfg: Config) -> dict:
         result["knn_target"] = sacl.percent(guess == test_set.labels)
     result["uniformity"] = round(uniformity(query), 4)
     if cfg.dataset == "shapes":
-        conflict = shifts.conflict_images(cfg.seed)
-        guess = vote(bank, *embed(encoder, conflict))
-        result["knn_shape_share"] = shifts.cue_shares(guess, conflict)["shape_share"]
-        cues = {"conflict": conflict}
-        result["shifts"] = shifts.measure(encoder, head, test_set, cues, cfg, device)
+        result["shifts"] = shifts.measure(encoder, head, test_set, cfg, device)
     return result
 
 

@@ -63,8 +63,7 @@ def evaluate(run_dir: str, which: str = "online", data_dir: str = "") -> dict:
     if which == "recalibrated":
         encoder = recalibrate(encoder, train_set, run, device)
     head, _ = eval_linear.probe_lbfgs(encoder, train_set, run, probe, device)
-    cues = {"conflict": conflict_images(run.seed)} if run.dataset == "shapes" else {}
-    result = measure(encoder, head, test_set, cues, run, device)
+    result = measure(encoder, head, test_set, run, device)
     result["machine"] = sacl.describe_machine(device, sacl.precision(run, device))
     sacl.write(Path(run_dir, f"shifts-{which}.json"), json.dumps(result, indent=1).encode())
     return result
@@ -84,8 +83,8 @@ def recalibrate(encoder: nn.Module, data: Images, run: Config, device: torch.dev
     return encoder.eval()
 
 
-def measure(encoder, head, data: Images, conflicts: dict[str, Images], run: Config, device) -> dict:
-    """Top-1 on every shift of the test images, and the shares of cues on the conflict images."""
+def measure(encoder, head, data: Images, run: Config, device) -> dict:
+    """Top-1 on every shift of the test images; of shapes, the shares of conflicting cues."""
 
     @torch.no_grad()
     def classify(x: Tensor) -> Tensor:
@@ -106,8 +105,9 @@ def measure(encoder, head, data: Images, conflicts: dict[str, Images], run: Conf
     levels = {name: [top1.pop(f"{name} {s}") for s in range(1, 6)] for name in AMOUNTS}
     mean = sum(map(sum, levels.values())) / (5 * len(levels))
     result = {**top1, "corruption_mean": round(mean, 2), "corruptions": levels}
-    for name, some in conflicts.items():
-        result[name] = cue_shares(torch.cat([classify(x) for _, x in batches(some)]), some)
+    if run.dataset == "shapes":
+        both = conflict_images(run.seed)
+        result["conflict"] = cue_shares(torch.cat([classify(x) for _, x in batches(both)]), both)
     for name, figure in result.items():
         print(f"  {name} {figure}", flush=True)
     return result
@@ -132,9 +132,9 @@ def shifts_of(x: Tensor, first: int) -> Iterator[tuple[str, Tensor]]:
         yield key, corrupt(x, key.split()[0], int(key.split()[1]), generator(key))
 
 
-def conflict_images(seed: int, count: int = 1000) -> Images:
+def conflict_images(seed: int) -> Images:
     """Drawn images whose shape and texture are of two classes; a label is 10 * shape + texture."""
-    return sacl.in_memory(*sacl.beside("shapes").draw(count, 2, seed))
+    return sacl.in_memory(*sacl.beside("shapes").draw(1000, 2, seed))
 
 
 def cue_shares(named: Tensor, data: Images) -> dict:
