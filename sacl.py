@@ -142,8 +142,8 @@ class Config:
 
 # what the settings above are for the other datasets, unless they are given
 DATASETS = {
-    "shapes": dict(arch="resnet18", width=8, dim=256, m=0.98, epochs=6, batch_size=64, lr=0.4,
-                   weight_decay=5e-4, knn_every=3),
+    "shapes": dict(arch="resnet18", width=8, dim=256, m=0.98, epochs=4, batch_size=64, lr=0.8,
+                   weight_decay=5e-4, knn_every=2),
     "cifar10": {}, "cifar100": {}, "stl10": dict(image_size=96),
     "imagenet100": dict(image_size=224, epochs=100),
 }  # fmt: skip

@@ -74,7 +74,7 @@ def test_the_settings_of_a_claim_differ_in_one_thing():
     one += [{"batch_size", "lr"}]  # sacl.py's rate is in proportion to the batch: lr undoes that
     for c in ablations.CLAIMS:
         (a, start, _), (b, other_start, _) = (ablations.SETTINGS[x] for x in (c.better, c.other))
-        a, b = (sacl.Config(dataset="shapes", **x) for x in (a, b))
+        a, b = (sacl.Config(**ablations.BASE | x) for x in (a, b))
         differ = {k for k in vars(a) if vars(a)[k] != vars(b)[k]} - {"knn_every", "given"}
         assert (differ in one and start == other_start) or "untrained" in (start, other_start)
         if differ == {"batch_size", "lr"}:
