@@ -18,10 +18,12 @@ FILES = [p for p in HERE.rglob("*.py") if not {".venv", "runs"} & set(p.parts)]
 BUDGETS = {  # lines, and lines of code: neither blank, nor comments, nor docstrings
     "sacl.py": (1448, 1004),
     "images.py": (366, 282),
-    "texture.py": (519, 341),
+    "texture.py": (476, 305),
     "shapes.py": (102, 70),
     "eval_linear.py": (283, 205),
     "test_sacl.py": (741, 535),
+    "related/*.py": (650, 339),
+    "bench/*.py": (1948, 1396),
     "README.md": (150, None),
 }
 
@@ -41,9 +43,9 @@ def lines_of_code(path):
 @pytest.mark.parametrize("name", BUDGETS)
 def test_files_stay_within_their_budget(name):
     """What they have reached, plus 3 %."""
-    lines, code = BUDGETS[name]
-    assert len((HERE / name).read_text().splitlines()) <= lines
-    assert code is None or lines_of_code(HERE / name) <= code
+    (lines, code), files = BUDGETS[name], list(HERE.glob(name))
+    assert sum(len(file.read_text().splitlines()) for file in files) <= lines
+    assert code is None or sum(map(lines_of_code, files)) <= code
 
 
 LAYERS = [  # each imports those before it only
