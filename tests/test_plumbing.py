@@ -747,7 +747,7 @@ def test_each_flag_refuses_nonsense_in_a_sentence(program, kind, folder, tmp_pat
 def test_the_same_words_mean_the_same_in_python_and_on_the_command_line():
     """The demo's settings belong to its dataset; what is given always wins."""
     assert sacl.parse(Config, []) == {} and Config() == Config(dataset="shapes")
-    assert (Config().arch, Config().epochs) == ("resnet18", 6)
+    assert (Config().arch, Config().epochs) == ("resnet18", 4)
     given = sacl.parse(Config, "--dataset imagenet100 --epochs 200 --texture-seeds 2".split())
     assert given == dict(dataset="imagenet100", epochs=200, texture_seeds=2)
     assert Config(**given).epochs == 200 and Config(dataset="imagenet100").epochs == 100
