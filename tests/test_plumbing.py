@@ -13,6 +13,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import re
 import shutil
 import signal
 import sys
@@ -480,6 +481,19 @@ def test_a_test_image_never_counts_as_of_another_class(folder, finished, tmp_pat
     shutil.copytree(root / "test/dark", root / "test/amber")
     eval_linear.evaluate(
         ProbeConfig(run=finished, dataset=root, probe="lbfgs", output_dir=tmp_path)
+    )
+
+
+def test_the_demo_ends_with_what_it_learned_and_what_to_do_next(finished, capsys, monkeypatch):
+    monkeypatch.setitem(sacl.SEResNet.BLOCKS, "resnet50", (sacl.Bottleneck, (0, 1, 0, 0)))
+    sacl.explain_demo(finished, torch.device("cpu"))
+    learned, encoder, probe, own, paper = capsys.readouterr().out.splitlines()
+    shown = [x for x in sacl.read_log(finished / "log.jsonl") if "knn" in x]
+    figures = [float(word) for word in re.findall(r"[\d.]+(?= %)", learned)]
+    assert figures == [shown[-1]["knn"], shown[0]["knn"], shown[0]["pixels"]]
+    assert Path(encoder.partition(": ")[2]).is_file() and str(finished) in probe
+    assert "--dataset FOLDER" in own and re.search(
+        r"cifar100: about [\d,]+ hours on this cpu", paper
     )
 
 
