@@ -108,11 +108,11 @@ def evaluate(cfg: ProbeConfig) -> dict:
     logits = head(sacl.embed(encoder, test_set.pixels, run, device)).cpu()
     assert_frozen(encoder, before)
     result = {f"top{k}": accuracy(logits, test_set.labels, k) for k in (1, 5)} | choice
-    result |= {"train_images": len(train_set.labels), "test_images": len(test_set.labels)}
-    result["encoder_steps"] = int(before["bn1.num_batches_tracked"])  # its passes in training
-    result["settings"] = asdict(cfg)
+    steps = int(before["bn1.num_batches_tracked"])  # the encoder's passes in training
+    result |= dict(train_images=len(train_set.labels), test_images=len(test_set.labels))
+    result |= dict(encoder_steps=steps, settings=asdict(cfg))
     result["machine"] = sacl.describe_machine(device, sacl.precision(run, device))
-    path = result_path(out, cfg, result["encoder_steps"])
+    path = result_path(out, cfg, steps)
     sacl.write(path, json.dumps(result, indent=1).encode())
     sacl.say(f"top1 {result['top1']}  top5 {result['top5']}  {path}")
     return result
@@ -267,8 +267,7 @@ def result_path(out: Path, cfg: ProbeConfig, steps: int) -> Path:
 
 
 def main(argv: list[str] | None = None) -> None:
-    given = sacl.parse(ProbeConfig, argv)
-    sacl.command("eval_linear.py", lambda: evaluate(ProbeConfig(**given)))
+    sacl.command("eval_linear.py", lambda: evaluate(ProbeConfig(**sacl.parse(ProbeConfig, argv))))
 
 
 if __name__ == "__main__":

@@ -130,13 +130,11 @@ def find_splits(root: Path, sizes: dict[tuple, int]) -> tuple[tuple, list[tuple]
     trains = [f for f in outer if named[f] == "train"]
     tests = sorted((f for f in outer if named[f] != "train"), key=named.get)  # "test" before "val"
     if not outer:  # but words of these names, in two folders side by side, tell of a split too
-        words = {
-            f: {word.lower() for word in re.findall("[A-Z]?[a-z]+|[A-Z]+", f[-1])} for f in folders
-        }
+        words = {f: re.findall("[A-Z]?[a-z]+|[A-Z]+", f[-1]) for f in folders}
+        words = {f: {word.lower() for word in found} for f, found in words.items()}
         trains = {f[:-1]: f for f in folders if words[f] & {"train", "training"}}
-        tests = {
-            f for f in folders if words[f] & {"test", "testing", "val", "validation", "holdout"}
-        }
+        held = {"test", "testing", "val", "validation", "holdout"}
+        tests = {f for f in folders if words[f] & held}
         if alike := [f for f in sorted(tests - {*trains.values()}) if f[:-1] in trains]:
             raise ValueError(unclear(root, [trains[alike[0][:-1]], *alike]))
         return (), [], []
@@ -177,9 +175,8 @@ def list_split(root: Path, folder: tuple, sizes, skipped, what="images", known=(
         told.append("skipped " + ", ".join(f"{n} {kind}" for kind, n in counts.most_common()))
     below = len(folder) if what == "images" else 0  # so that the training folder may be renamed
     lines = (f"{'/'.join(p[below:])}\t{sizes[p]}" for p in paths)
-    names = [line.encode("utf-8", "backslashreplace") for line in lines]
-    files, names = [root.joinpath(*p) for p in paths], [name.decode() for name in names]
-    return Listing(files, torch.tensor(labels), classes, names, told)
+    names = [line.encode("utf-8", "backslashreplace").decode() for line in lines]
+    return Listing([root.joinpath(*p) for p in paths], torch.tensor(labels), classes, names, told)
 
 
 def square(path: Path, side: int) -> Tensor:
@@ -328,10 +325,8 @@ def write_squares(paths: list[Path], side: int, target: Path, log) -> None:
         done = max(0, (found - header.tell()) // size - BLOCK)
         free, total = shutil.disk_usage(part.parent).free / 1e9, len(paths) * size / 1e9
         if (len(paths) - done) * size / 1e9 > free:
-            raise ValueError(
-                f"{target} takes {total:.1f} GB and only {free:.1f} are free: free space there or "
-                "choose another --decoded-dir"
-            )
+            lack = f"{target} takes {total:.1f} GB and only {free:.1f} are free"
+            raise ValueError(f"{lack}: free space there or choose another --decoded-dir")
         what = f"decoding {len(paths)} images of {side} px into {target} ({total:.1f} GB), once"
         log(what + (f"; {done} are done" if done else ""))
         with open(part, "ab") as file:
@@ -345,7 +340,5 @@ def write_squares(paths: list[Path], side: int, target: Path, log) -> None:
     except OSError as error:
         if error.filename in map(str, paths):
             raise  # of an image
-        raise ValueError(
-            f"{part} cannot be written ({error.strerror}): free space there or choose another "
-            "--decoded-dir; what is decoded is kept"
-        ) from None
+        advice = "free space there or choose another --decoded-dir; what is decoded is kept"
+        raise ValueError(f"{part} cannot be written ({error.strerror}): {advice}") from None

@@ -68,8 +68,6 @@ class UsageError(ValueError):
 
 
 # ------------------------------------------------------------ 1. Settings (Section 3.2)
-
-
 @dataclass(frozen=True, init=False)
 class Config:
     """The paper's settings for CIFAR-100; `ours` marks what the paper leaves open.
@@ -140,7 +138,7 @@ class Config:
         check(self)
 
 
-# what the settings above are for the other datasets, unless they are given
+# where a dataset's settings differ from those above, unless they are given
 DATASETS = {
     "shapes": dict(arch="resnet18", width=8, dim=256, m=0.98, epochs=4, batch_size=64, lr=0.8,
                    weight_decay=5e-4, knn_every=2),
@@ -203,8 +201,6 @@ def check_limits(cfg, limits: dict[str, tuple[float, float]]) -> None:
 
 
 # ------------------------------------------------------------ 2. The method (Section 2)
-
-
 class SACL(nn.Module):
     """Online network f, g, q and target network f', g'; called with views, it returns the loss."""
 
@@ -366,8 +362,6 @@ def similarities(q: Tensor, k: Tensor, kt: Tensor | None) -> dict[str, Tensor]:
 
 
 # ------------------------------------------------------------ 3. The networks (Section 2.3, 3.2)
-
-
 class SE(nn.Module):
     """Eq. (3), (4): U = s u with the gate s = sigmoid(W2 relu(W1 GAP(u))); (N, C, h, w) kept.
 
@@ -498,7 +492,6 @@ def mlp(widths: list[int], last_bn: bool) -> nn.Sequential:
 
 
 # ------------------------------------------------------------ 4. Views (Section 2.1, 3.2)
-
 # ours: one normalisation for every dataset, ImageNet's, so that a backbone needs no other note
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -574,10 +567,8 @@ def shift_hue(x: Tensor, turns: Tensor) -> Tensor:
     v, low = x.amax(1), x.amin(1)
     c = v - low  # chroma; where it is 0 there is no hue, and any value will do
     safe = c.clamp(min=1e-8)
-    sixth = torch.where(
-        v == r, (g - b) / safe, torch.where(v == g, 2 + (b - r) / safe, 4 + (r - g) / safe)
-    )
-    sixth = sixth + 6 * turns[:, 0]  # (N, H, W)
+    sixth = torch.where(v == g, 2 + (b - r) / safe, 4 + (r - g) / safe)
+    sixth = torch.where(v == r, (g - b) / safe, sixth) + 6 * turns[:, 0]  # (N, H, W)
     k = [(offset + sixth) % 6 for offset in (5, 3, 1)]
     return torch.stack([v - c * torch.minimum(a, 4 - a).clamp(0, 1) for a in k], 1)  # (N, 3, H, W)
 
@@ -604,8 +595,6 @@ def stored_side(size: int) -> int:
 
 
 # ------------------------------------------------------------ 5. Data
-
-
 class Images(NamedTuple):
     """A split of a dataset."""
 
@@ -669,19 +658,17 @@ def read_archive(cfg: Config, split: str) -> Images:
         try:
             data = type(name, (kind,), dict(base_folder=found.name))(str(found.parent), **part)
         except RuntimeError:  # a file is missing, or has another md5
-            raise UsageError(
-                f"--dataset {name}: {found} is not a whole copy of it; unpack it again, or remove "
-                "that folder, or name another --data-dir"
-            ) from None
+            advice = "unpack it again, or remove that folder, or name another --data-dir"
+            fault = f"--dataset {name}: {found} is not a whole copy of it"
+            raise UsageError(f"{fault}; {advice}") from None
     else:
         try:
             with claim(root / f"{name}.lock", wait=True):
                 data = download(kind, ARCHIVES[name], root, part)
         except OSError as error:
-            raise UsageError(
-                f"--data-dir {root} has no {kind.__name__} and cannot be written "
-                f"({error.strerror}): name one that has its unpacked archive, or can be written"
-            ) from None
+            fault = f"has no {kind.__name__} and cannot be written ({error.strerror})"
+            advice = "name one that has its unpacked archive, or can be written"
+            raise UsageError(f"--data-dir {root} {fault}: {advice}") from None
     pixels = torch.as_tensor(data.data)  # CIFAR: (L, 32, 32, 3)
     pixels = pixels if name == "stl10" else pixels.permute(0, 3, 1, 2).contiguous()
     labels = torch.as_tensor(data.labels if name == "stl10" else data.targets).long()
@@ -698,10 +685,9 @@ def download(kind: type, urls: list[str], root: Path, part: dict):
                 return type(kind.__name__, (kind,), dict(url=url))(str(root), download=True, **part)
         except (OSError, RuntimeError) as error:
             failure = error
-    raise UsageError(
-        f"--data-dir {root} has no {kind.__name__}, and downloading it failed ({failure}): put its "
-        "unpacked archive there, or name another --data-dir"
-    )
+    advice = "put its unpacked archive there, or name another --data-dir"
+    lacks = f"has no {kind.__name__}, and downloading it failed ({failure})"
+    raise UsageError(f"--data-dir {root} {lacks}: {advice}")
 
 
 def find_archive(data_dir: Path, kind: type) -> Path | None:
@@ -757,10 +743,8 @@ def make_textures(data: Images, cfg: Config, epoch: int) -> Tensor | np.ndarray 
             with claim(Path(f"{cfg.texture_bank}.lock"), wait=True):
                 return texture.bank(data.pixels, cfg.texture_bank, **options)
         if isinstance(data.pixels, np.ndarray) or side > (96 if cuda else 64):
-            raise ValueError(
-                f"images of {side} px take seconds each: give --texture-bank FILE, where the run "
-                "keeps their textures"
-            )
+            advice = "give --texture-bank FILE, where the run keeps their textures"
+            raise ValueError(f"images of {side} px take seconds each: {advice}")
         say(f"making {len(data.pixels)} textures for the epochs from {epoch + 1} on")
         generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + epoch // TEXTURE_EPOCHS)
         return texture.texture_views(data.pixels, generator=generator, **options)
@@ -782,8 +766,6 @@ def beside(name: str) -> ModuleType:
 
 
 # ------------------------------------------------------------ 6. The kNN monitor
-
-
 @torch.no_grad()
 def embed(encoder, pixels: Tensor | np.ndarray, cfg: Config, device, rows=None) -> Tensor:
     """Features of plain images, (L, C), all or these rows; the encoder's mode is restored."""
@@ -798,9 +780,7 @@ def embed(encoder, pixels: Tensor | np.ndarray, cfg: Config, device, rows=None) 
 
 
 @torch.no_grad()
-def knn(
-    bank: Tensor, labels: Tensor, query: Tensor, classes: int, k: int = 200, tau: float = 0.1
-) -> Tensor:
+def knn(bank: Tensor, labels: Tensor, query: Tensor, classes: int, k=200, tau=0.1) -> Tensor:
     """The class that the k nearest features vote for, weighted by exp(cosine / tau): (Q,).
 
     bank (L, C) with labels (L,), query (Q, C); Wu et al., CVPR 2018.
@@ -824,8 +804,7 @@ def knn_monitor(encoders: dict, cfg: Config, train_set: Images, test_set: Images
         bank = embed(encoder, train_set.pixels, cfg, device, known)
         query = embed(encoder, test_set.pixels, cfg, device)
         guess = knn(bank, train_set.labels[known], query, len(train_set.classes)).cpu()
-        labelled = test_set.labels >= 0
-        result[name] = percent((guess == test_set.labels)[labelled])
+        result[name] = percent((guess == test_set.labels)[test_set.labels >= 0])
     return result
 
 
@@ -835,8 +814,6 @@ def percent(right: Tensor) -> float:
 
 
 # ------------------------------------------------------------ 7. Training
-
-
 def train(cfg: Config | None = None, build: Callable[[Config], nn.Module] = SACL) -> nn.Module:
     """Algorithm 1 over all epochs; goes on where an earlier run in cfg.output_dir stopped.
 
@@ -885,9 +862,8 @@ def run_epochs(cfg: Config, build, train_set, test_set, bank, device) -> nn.Modu
         raw = nn.SyncBatchNorm.convert_sync_batchnorm(raw)  # statistics over the images of all GPUs
     raw = raw.to(device, memory_format=torch.channels_last)
     trained = [p for p in raw.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(
-        trained, cfg.lr, cfg.sgd_momentum, weight_decay=cfg.weight_decay, fused=True
-    )
+    sgd = dict(momentum=cfg.sgd_momentum, weight_decay=cfg.weight_decay, fused=True)
+    optimizer = torch.optim.SGD(trained, cfg.lr, **sgd)
     for p in trained:  # else a first step in fp16 that overflows leaves it uninitialised
         optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -960,17 +936,15 @@ def run_epochs(cfg: Config, build, train_set, test_set, bank, device) -> nn.Modu
         due = world == 1 and (late or now - last_save > SAVE_SECONDS)
         if step % cfg.print_every and step % steps and step != last and not due:
             continue
-        late = torch.tensor(late, device=device)
-        sums = torch.stack([loss_sum / counted, late])
+        sums = torch.stack([loss_sum / counted, torch.tensor(late, device=device)])
         if world > 1:
             dist.all_reduce(sums)
         mean, late = (sums / world).tolist()  # over the processes; syncs
         if not math.isfinite(mean):
-            amp_off = ", or go on from there with --amp off" * (dtype != torch.float32)
-            raise FloatingPointError(
-                f"the loss is {mean} at step {step}; {out} keeps its last checkpoint: start anew "
-                f"with a lower --lr or more --warmup-epochs and another --output-dir{amp_off}"
-            )
+            fault = f"the loss is {mean} at step {step}; {out} keeps its last checkpoint"
+            advice = "start anew with a lower --lr or more --warmup-epochs and another --output-dir"
+            advice += ", or go on from there with --amp off" * (dtype != torch.float32)
+            raise FloatingPointError(f"{fault}: {advice}")
         step_seconds = (time.perf_counter() - last_log) / counted
         epoch_loss += mean * counted
         line = {"epoch": epoch + 1, "step": step, "loss": mean, "lr": lr, "m": m}
@@ -1084,15 +1058,11 @@ def require_same_classes(train_set: Images, test_set: Images) -> None:
     """Else a test image's label would be the number of another class."""
     if differ := set(train_set.classes) ^ set(test_set.classes):
         only = "training" if min(differ) in train_set.classes else "test"
-        raise UsageError(
-            f"--dataset: class {min(differ)} has {only} images only: add some to the other folder, "
-            "or take these out"
-        )
+        advice = "add some to the other folder, or take these out"
+        raise UsageError(f"--dataset: class {min(differ)} has {only} images only: {advice}")
 
 
 # ------------------------------------------------------------ 8. Processes, files, log
-
-
 def choose_device() -> torch.device:
     """The GPU of this process, or the CPU; refuses a GPU that this torch cannot use."""
     if not torch.cuda.is_available():
@@ -1106,11 +1076,11 @@ def choose_device() -> torch.device:
     try:
         torch.ones(1, device=device).add(1).item()  # many builds of torch have no code for a P100
     except RuntimeError as error:
-        raise UsageError(
-            f"torch {torch.__version__} cannot use {torch.cuda.get_device_name(device)} "
-            f"({str(error).splitlines()[0]}): choose another GPU (on Kaggle the T4), or hide this "
-            "one with CUDA_VISIBLE_DEVICES="
-        ) from None
+        if out_of_memory(error):  # other programs fill it
+            raise
+        fault = f"cannot use {torch.cuda.get_device_name(device)} ({str(error).splitlines()[0]})"
+        advice = "choose another GPU (Kaggle: the T4), or hide this one with CUDA_VISIBLE_DEVICES="
+        raise UsageError(f"torch {torch.__version__} {fault}: {advice}") from None
     return device
 
 
@@ -1138,10 +1108,8 @@ def claim(lock: Path, wait: bool = False) -> Iterator[None]:
     with open(lock, "a+") as file:
         while not try_lock(file):
             if not wait:
-                raise UsageError(
-                    f"{lock.parent} is in use by another process: wait for its end, or choose "
-                    "another --output-dir"
-                )
+                advice = "wait for its end, or choose another --output-dir"
+                raise UsageError(f"{lock.parent} is in use by another process: {advice}")
             time.sleep(0.5)
         yield
 
@@ -1185,17 +1153,14 @@ def resume(out: Path, cfg: Config, names: list[str], parts: dict, encoders: dict
             if saved[name]:  # a scaler's is empty where fp16 was not in use
                 part.load_state_dict(saved[name])
         except (RuntimeError, ValueError):  # its message is a list of hundreds of names
-            raise UsageError(
-                f"{out} holds a run of another model than {type(parts['model']).__name__} with "
-                "these settings: choose another --output-dir"
-            ) from None
+            wanted = f"{type(parts['model']).__name__} with these settings"
+            advice = f"another model than {wanted}: choose another --output-dir"
+            raise UsageError(f"{out} holds a run of {advice}") from None
     for name, encoder in encoders.items() if saved and rank() == 0 else ():
         path = out / BACKBONES[name]
         if path.exists() and not trained_for(path) <= int(encoder.bn1.num_batches_tracked):
-            raise UsageError(
-                f"{path} is further trained than checkpoint.pth, or another's, and would be "
-                "replaced: move it away, or choose another --output-dir"
-            )
+            found = "is further trained than checkpoint.pth, or another's, and would be replaced"
+            raise UsageError(f"{path} {found}: move it away, or choose another --output-dir")
     return saved
 
 
@@ -1212,24 +1177,19 @@ def read_checkpoint(out: Path, cfg: Config, names: list[str]) -> dict:
     if not path.exists():
         outputs = (*BACKBONES.values(), "config.json", "log.jsonl")
         if foreign := [name for name in outputs if (out / name).exists()]:
-            raise UsageError(
-                f"{out} has a {foreign[0]}, which would be replaced, but no checkpoint.pth to go "
-                "on from: choose another --output-dir, or move that file away"
-            )
+            found = f"a {foreign[0]}, which would be replaced, but no checkpoint.pth to go on from"
+            advice = "choose another --output-dir, or move that file away"
+            raise UsageError(f"{out} has {found}: {advice}")
         return {}
     saved = read_weights(path)
     if not isinstance(saved, dict) or saved.get("format") != FORMAT:
-        raise UsageError(
-            f"{path} is of another program, or of an older version of this one: choose another "
-            "--output-dir"
-        )
+        whose = "of another program, or of an older version of this one"
+        raise UsageError(f"{path} is {whose}: choose another --output-dir")
     for name, now in asdict(cfg).items():
         then, flag = saved["settings"].get(name, now), "--" + name.replace("_", "-")
         if then != now and name not in FREE:
-            raise UsageError(
-                f"{out} holds a run with {flag} {then}, not {now}: give {flag} {then} to go on "
-                "with it, or another --output-dir"
-            )
+            advice = f"give {flag} {then} to go on with it, or another --output-dir"
+            raise UsageError(f"{out} holds a run with {flag} {then}, not {now}: {advice}")
     then, now = set(saved["images"]), set(names)
     if then != now and cfg.changed_images == "refuse":
         changes = [
@@ -1288,10 +1248,8 @@ def read_weights(path: Path) -> dict:
         if isinstance(error, OSError) or out_of_memory(error):  # a passing fault is not the file's
             raise
         reason = re.split(r"\. |\n", str(error) or type(error).__name__)[0]
-        raise UsageError(
-            f"{path} cannot be read ({reason}), so it is damaged or of another program: restore it "
-            "from a copy, or use another folder"
-        ) from None
+        fault = f"cannot be read ({reason}), so it is damaged or of another program"
+        raise UsageError(f"{path} {fault}: restore it from a copy, or use another folder") from None
 
 
 def start_log(out: Path, cfg: Config, step: int, log: list[dict], facts: dict) -> None:
@@ -1339,24 +1297,19 @@ def say(text: str) -> None:
         try:
             print(text, flush=True)
         except UnicodeEncodeError:
-            print(text.encode("ascii", "backslashreplace").decode(), flush=True)
+            code = sys.stdout.encoding
+            print(text.encode(code, "backslashreplace").decode(code), flush=True)
 
 
 # ------------------------------------------------------------ 9. Command line
-
-
 def parse(kind: type, argv: list[str] | None = None) -> dict:
     """What was given on the command line: a flag a field; fields without default are positional."""
     names = re.compile(r"(?m)^    (\w+)(?=: .* = )")
     source = names.sub(lambda name: f"    --{name[1].replace('_', '-')}", inspect.getsource(kind))
-    parser = argparse.ArgumentParser(
-        Path(inspect.getsourcefile(kind)).name,
-        usage="%(prog)s [--name value ...]",
-        description=source,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
+    about = dict(description=source, formatter_class=argparse.RawDescriptionHelpFormatter)
+    about |= dict(usage="%(prog)s [--name value ...]", argument_default=argparse.SUPPRESS)
+    program = Path(inspect.getsourcefile(kind)).name
+    parser = argparse.ArgumentParser(program, allow_abbrev=False, **about)
     for field in fields(kind):
         flag, choices = "--" + field.name.replace("_", "-"), get_args(field.type)
         how = dict(choices=choices) if choices else dict(type=field.type)
@@ -1375,13 +1328,11 @@ def command(program: str, job: Callable[[], object]) -> None:
     except KeyboardInterrupt:
         message = "stopped; the same command goes on from the last checkpoint, if there is one"
         code = 130
-    except FloatingPointError as error:
-        message, code = str(error), 1
+    except (FloatingPointError, UsageError) as error:
+        message, code = str(error), 2 if isinstance(error, UsageError) else 1
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         message, code = f"{where}{error.strerror or error}; what was saved is whole", 2
-    except UsageError as error:
-        message, code = str(error), 2
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise

@@ -24,6 +24,7 @@ import functools
 import math
 import os
 import shutil
+import sys
 import time
 import zlib
 from pathlib import Path
@@ -409,17 +410,17 @@ def bank(
     log(f"{textures} textures for each of {len(images)} images: {space}")
     part.touch()
     write_at(part, 0, header)
-    block = max(1, BLOCK // row)  # images
+    rows = max(1, BLOCK // row)  # images of a block
     # the last block is made again: a power cut may have torn it
-    first = max(0, (found - len(header)) // row - 1) // block * block
+    first = max(0, (found - len(header)) // row - 1) // rows * rows
     began = told = time.monotonic()
-    for i in range(first, len(images), block):
-        some = torch.from_numpy(np.array(images[i : i + block])).to(device)
+    for i in range(first, len(images), rows):
+        some = torch.from_numpy(np.array(images[i : i + rows])).to(device)
         # hashed, since a CPU generator uses only the low 32 bits of its seed
         generator = Generator().manual_seed(zlib.crc32(f"{seed} {i}".encode()))
         made = texture_views(some.repeat_interleave(textures, 0), generator=generator, **options)
         write_at(part, len(header) + i * row, made.cpu().numpy())
-        done, now = min(i + block, len(images)), time.monotonic()
+        done, now = min(i + rows, len(images)), time.monotonic()
         if now - told >= 10:
             told, left = now, (len(images) - done) * (now - began) / (done - first) / 60
             log(f"{path}: textures of {done} of {len(images)} images, {left:.0f} min left")
@@ -460,3 +461,8 @@ def write_at(path: Path, place: int, data) -> None:
     except OSError as error:
         kept = f"{error.strerror} (what is written is kept; the same command goes on from there)"
         raise OSError(error.errno, kept, str(path)) from None
+
+
+if __name__ == "__main__" and "__file__" in globals():  # it was a command once
+    print("texture.py is no command: import it and call texture.synthesize", file=sys.stderr)
+    sys.exit(2)

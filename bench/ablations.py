@@ -34,8 +34,9 @@ class Setting(NamedTuple):
     seeds: int = 8
 
 
-# the demo as it was when the rule was written: a larger network, a smaller rate, more epochs
-BASE = dict(dataset="shapes", width=16, lr=0.2, epochs=6)
+# the demo as it was when the rule was written
+BASE = dict(dataset="shapes", arch="resnet18", width=16, dim=256, m=0.98, epochs=6,
+            batch_size=64, lr=0.2, weight_decay=5e-4)  # fmt: skip
 CURVE = {"knn_every": 1}
 SETTINGS = {
     "base": Setting(CURVE),

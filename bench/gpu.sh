@@ -32,7 +32,7 @@ part tests python -m pytest -q
 
 # 2. Time of a step: eager, compiled, with the fused tail, with CUDA graphs.
 #    A step of sacl.py's default on this card (bf16+compile) should lead; where fused or graphs is
-#    clearly faster (x below 0.95), they are worth having in sacl.py.
+#    clearly faster (x below 0.95 of that row's x), they are worth having in sacl.py.
 part step python bench/step.py --dataset cifar100 --whole --json "$OUT/step.json"
 part step-512 python bench/step.py --dataset cifar100 --whole --batch-size 512 \
   --json "$OUT/step-512.json" --rows bf16,bf16+compile,bf16+compile+fused

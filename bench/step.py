@@ -1,4 +1,4 @@
-"""Time of a training step, with options that sacl.py does not have.
+"""Time of a training step, with the options of sacl.py and some that it does not have.
 
     python bench/step.py                                                  of `python sacl.py`
     python bench/step.py --dataset cifar100 --batch-size 16 --json out.json
@@ -9,12 +9,13 @@ nchw (else channels_last), compile, graphs (CUDA graphs), fused (`fused_standard
 
 All rows have the same weights, views and SGD. A row's first loss must be that of fp32+nchw to 1e-5,
 and in fp32 its second, which depends on gradients, SGD and EMA, to 1e-3; in 16 bits the first to
-1e-2. A row that fails this, or cannot run, is a line, not a time. That the loss is the paper's is
-tested in test_sacl.py.
+1e-2. A row that fails this, or cannot run, shows the reason in place of its times. test_sacl.py
+tests that the loss is the paper's.
 
 A step is timed from views to updated weights; with --whole from uint8 images on the device. Rows
 are timed in turn, round by round; x is the median over the rounds of the ratio to the first row's
-time in that round. On a busy CPU trust that of the process's own time (CPU x).
+time in that round. On a busy CPU rely on the column CPU x, the same ratio for the process's own CPU
+time.
 """
 
 import argparse
@@ -198,13 +199,15 @@ def medians(times: list[dict], base: list[dict]) -> dict[str, float]:
 
 def run(args: argparse.Namespace, settings: dict) -> None:
     """Build, check and time the rows; print the table and write it all to --json."""
+    if args.rounds < 1:
+        raise sacl.UsageError(f"--rounds {args.rounds}: must be at least 1")
     cfg, device = sacl.Config(**settings), sacl.choose_device()
     built = {}
     for name in (args.rows or ROWS[device.type]).split(","):
         built[name] = build(name, cfg, device)
         print(f"{name}: {built[name][1]}", file=sys.stderr, flush=True)
     rows = {name: row for name, (row, _) in built.items() if row}
-    times = measure(rows, args.rounds, args.whole)
+    times = measure(rows, args.rounds, args.whole) if rows else {}
     lines = []
     for name, (row, facts) in built.items():
         timed = medians(times[name], times[next(iter(rows))]) if row else {}
@@ -220,7 +223,7 @@ def run(args: argparse.Namespace, settings: dict) -> None:
 def main(argv: list[str] | None = None) -> None:
     about = dict(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser = argparse.ArgumentParser("step.py", allow_abbrev=False, **about)
-    parser.add_argument("--rows", help="comma-separated [ROWS]")
+    parser.add_argument("--rows", help="comma-separated; ROWS has those of each device")
     parser.add_argument("--whole", action="store_true", help="time the making of views too")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", help="file for everything")

@@ -142,8 +142,10 @@ def test_precision_is_chosen_by_the_card(monkeypatch, capability, dtype):
 def test_a_gpu_without_code_in_this_torch_is_told_by_name(monkeypatch):
     """A P100 is seen as a GPU, and fails at the first kernel."""
 
+    error = RuntimeError("CUDA error: no kernel image is available\nCompile with ...")
+
     def fail(*shape, device):
-        raise RuntimeError("CUDA error: no kernel image is available\nCompile with ...")
+        raise error
 
     for name in ("set_device", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, lambda *device: None)
@@ -155,6 +157,9 @@ def test_a_gpu_without_code_in_this_torch_is_told_by_name(monkeypatch):
     with pytest.raises(
         sacl.UsageError, match="Tesla P100 .CUDA error.* available.: choose another GPU"
     ):
+        sacl.choose_device()
+    error = torch.OutOfMemoryError("CUDA out of memory")  # other programs fill it
+    with pytest.raises(torch.OutOfMemoryError):
         sacl.choose_device()
 
 

@@ -69,8 +69,10 @@ def torchrun(processes: int, words: list[str]) -> None:
     line += [f"--start-method={how}", "--run-path", *words]
     context = multiprocessing.get_context(how)
     launcher = context.Process(target=torch.distributed.run.main, args=(line,))
-    launcher.start()
-    launcher.join(300)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        launcher.start()
+        launcher.join(300)
     launcher.terminate()  # does nothing where it has ended
     assert launcher.exitcode == 0
 

@@ -16,11 +16,11 @@ import torch
 HERE = Path(__file__).resolve().parent.parent
 FILES = [p for p in HERE.rglob("*.py") if not {".venv", "runs"} & set(p.parts)]
 BUDGETS = {  # lines, and lines of code: neither blank, nor comments, nor docstrings
-    "sacl.py": (1448, 1004),
-    "images.py": (366, 282),
-    "texture.py": (476, 305),
+    "sacl.py": (1399, 971),
+    "images.py": (354, 271),
+    "texture.py": (482, 310),
     "shapes.py": (102, 70),
-    "eval_linear.py": (283, 205),
+    "eval_linear.py": (282, 205),
     "test_sacl.py": (741, 535),
     "related/*.py": (650, 339),
     "bench/*.py": (1948, 1396),
@@ -44,6 +44,7 @@ def lines_of_code(path):
 def test_files_stay_within_their_budget(name):
     """What they have reached, plus 3 %."""
     (lines, code), files = BUDGETS[name], list(HERE.glob(name))
+    assert files, f"{name}: there is no such file"
     assert sum(len(file.read_text().splitlines()) for file in files) <= lines
     assert code is None or sum(map(lines_of_code, files)) <= code
 
@@ -76,8 +77,7 @@ def test_imports_run_one_way(folder):
         own = layer(module)
         for name in imports(ast.parse(path.read_text())):
             found = layer(name)
-            # a folder's files may share parts; texture.py reads a picture, when told to, by images
-            beside = found == own > layer("eval_linear") or (module, name) == ("texture", "images")
+            beside = found == own > layer("eval_linear")  # a folder's files may share parts
             assert found is None or found < own or beside, f"{path} imports {name}"
     assert files
 
