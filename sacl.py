@@ -8,14 +8,14 @@ J. Chen, Q. Lü, B. Xie, J. Sun: "Semantic Contrastive Learning Algorithm Based 
 Mechanism", J. Shanxi Univ. (Nat. Sci.) 47(1):81-92, 2024, doi:10.13451/j.sxu.ns.2023142.
 To be read beside the paper's Section 2, or beside PAPER.md, which retells it in English.
 
-    x                       -> x1, x2  two weak views of each image   (N, 3, H, W)      Algorithm 1
+    x                       -> x1, x2  two views; ours: both weak     (N, 3, H, W)      Algorithm 1
     texture of x            -> xt      strong view, synthesised       (N, 3, H, W)      Sec. 2.1
     online  x1 -> split     -> cells   2 x 2 grid                     (G, N, 3, h, w)   Sec. 2.2
             cells -> encode -> h       SE-ResNet-50                   (G, N, C)         Eq. (1)
             h -> combine    -> e       mean of every i of G cells     (M, N, C)         Eq. (2)
             e -> project, predict -> q1   two MLPs                    (M, N, D)         Sec. 3.2
-    target  x2 -> encode, project -> k2   EMA weights, whole view     (N, D)            Sec. 2.4
-            xt -> encode, project -> kt   one more negative per query (N, D)            Sec. 0
+    target  x2 -> encode, project -> k2   EMA weights, whole view     (N, D)            Sec. 2, 2.4
+            xt -> encode, project -> kt   negative; ours: one a query (N, D)            Sec. 0
     loss    mean of InfoNCE(q1; k2, kt) and InfoNCE(q2; k1, kt)                         Eq. (8)-(10)
     target <- m target + (1 - m) online                                                 Eq. (6), (7)
 
@@ -94,7 +94,7 @@ class Config:
     # method (Sec. 2)
     grid: int = 2  # n: the view is cut into n x n cells
     combine: int = 2  # i of Eq. (2); ours: the paper gives 1 <= i <= n^2
-    tau: float = 0.2  # temperature
+    tau: float = 0.2  # temperature; Sec. 3.2
     m: float = 0.99  # momentum of the target; best of Table 6; Sec. 2.4 says 0.999
     m_schedule: Literal["constant", "cosine"] = "constant"  # cosine: from m to 1
     texture: Literal["negative", "positive", "none"] = "negative"  # Sec. 0 | Sec. 2.5 | Algorithm 1
@@ -109,10 +109,10 @@ class Config:
     # optimisation (Sec. 3.2, 3.5)
     epochs: int = 200
     batch_size: int = 128  # over all GPUs
-    lr: float = 0.1  # at a batch of 128, in proportion to the batch; cosine to 0
+    lr: float = 0.1  # cosine; ours: to 0, and in proportion to the batch, 0.1 at 128
     sgd_momentum: float = 0.9  # ours: the paper's "momentum 0.99" must be m
     weight_decay: float = 1e-4
-    warmup_epochs: int = 0
+    warmup_epochs: int = 0  # ours
     seed: int = 0
     # run
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # bf16 or fp16 on a GPU, off on a CPU
@@ -497,7 +497,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def sample_view(n: int, cfg: Config, device: torch.device) -> dict[str, Tensor]:
-    """The random parameters of one weak view for each of n images.
+    """The random parameters of one weak view for each of n images; ours: all these numbers.
 
     crop: RandomResizedCrop, area `crop_min` to 1 and ratio 3/4 to 4/3, and a flip in half of the
     images. common: colour jitter (0.4, 0.4, 0.4, 0.1) in 80 % and grey in 20 %; geometric: rotation

@@ -542,15 +542,15 @@ def test_the_monitor_does_not_touch_the_encoder(folder):
 # ------------------------------------------------------------ settings
 
 
-def test_the_defaults_for_the_papers_datasets_are_section_3_2():
+def test_the_defaults_are_those_of_PAPER_md_section_4():
     cfg = Config(dataset="cifar100")
-    paper = dict(
+    listed = dict(
         arch="resnet50", width=64, se="standard", reduction=16, stem="cifar", proj_layers=3,
         dim=2048, grid=2, combine=2, tau=0.2, m=0.99, m_schedule="constant", negatives="cross",
         texture="negative", texture_negatives="own", texture_alpha=1, weak="common", epochs=200,
         batch_size=128, lr=0.1, sgd_momentum=0.9, weight_decay=1e-4, warmup_epochs=0, image_size=32,
     )  # fmt: skip
-    assert {name: getattr(cfg, name) for name in paper} == paper
+    assert {name: getattr(cfg, name) for name in listed} == listed
     sizes = {"cifar10": (32, 200), "stl10": (96, 200), "imagenet100": (224, 100)}
     for dataset, (size, epochs) in sizes.items():
         other = Config(dataset=dataset)

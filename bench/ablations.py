@@ -77,13 +77,13 @@ class Claim(NamedTuple):
 GATE, TEXTURE = ("base", "no gate"), ("base", "no texture")
 STANDARD, AREA = "standard, plain start", "area under the kNN curve"
 CLAIMS = (
-    Claim("attention raises accuracy", "abstract", *GATE, "linear top-1"),
+    Claim("attention raises accuracy", "Sec. 2.3", *GATE, "linear top-1"),
     Claim("attention: semantics, not texture", "abstract", *GATE, "shape share"),
     Claim("attention makes features robust", "Sec. 1.3", *GATE, "corruptions"),
     Claim("standard placement best", "Table 4", STANDARD, "pre, plain start", "linear top-1"),
     Claim("standard placement best", "Table 4", STANDARD, "post", "linear top-1"),
     Claim("standard placement best", "Table 4", STANDARD, "identity", "linear top-1"),
-    Claim("texture negatives raise accuracy", "abstract", *TEXTURE, "linear top-1"),
+    Claim("texture negatives raise accuracy", "Sec. 4", *TEXTURE, "linear top-1"),
     Claim("texture negatives: semantics, not texture", "Sec. 0", *TEXTURE, "shape share"),
     Claim("texture negatives make features robust", "Sec. 0", *TEXTURE, "corruptions"),
     Claim("gridding speeds up convergence", "abstract", "base", "no grid", AREA),

@@ -1,6 +1,6 @@
 """Pictures of the method and charts of runs, PNG, by matplotlib (bench/requirements.txt).
 
-    python bench/figures.py views --dataset cifar100         views, textures (Fig. 1)
+    python bench/figures.py views --dataset cifar100         views, textures
     python bench/figures.py curves RUN...                    loss and kNN, by epochs and minutes
     python bench/figures.py compare --dataset cifar100       SACL among other systems
 
@@ -28,7 +28,7 @@ from sacl import UsageError
 
 
 def views(args: argparse.Namespace) -> dict[str, Tensor]:
-    """The paper's Fig. 1: images, two weak views of each, its texture and the texture's view."""
+    """After the paper's Fig. 1: images, two weak views of each, its texture and the texture's view."""
     size = {} if args.dataset in sacl.DATASETS else {"image_size": 32}
     cfg = sacl.Config(dataset=args.dataset, data_dir=args.data_dir, **size)
     pixels, g = sacl.load_data(cfg, "train").pixels, torch.Generator().manual_seed(args.seed)
