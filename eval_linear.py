@@ -7,7 +7,7 @@
     python eval_linear.py runs/cifar100                       the online encoder of a run
     python eval_linear.py runs/cifar100 --encoder target --lr-sweep
     python eval_linear.py runs/cifar100 --dataset cifar10     on another dataset's images
-    python eval_linear.py runs/cifar100 --probe lbfgs         a minute instead of 200 epochs
+    python eval_linear.py runs/cifar100 --probe lbfgs         one pass instead of 200 epochs
 
 The encoder is in eval mode, and its tensors are compared with a copy at the end. Training images
 are cropped and flipped, test images are plain. Top-1 and top-5 are those of the last epoch on the

@@ -55,9 +55,10 @@ class Listing(NamedTuple):
 def list_images(root: Path, split: str) -> Listing | None:
     """The "train" or "test" images of a dataset's folder; None where it has no test images.
 
-    A folder train, and test or val beside it, are the splits, in any case and within any folders
-    around them. Without them all images are for training; names that only resemble them are
-    refused. The folders that divide a split's images are its classes; one that holds all is none.
+    A folder train, and test or val beside it, are the splits, in upper or lower case and at any
+    depth. Without them all images are for training; names that only resemble them are
+    refused. The folders that divide a split's images are its classes; one that holds all of
+    them is no class.
     """
     root = Path(root)
     if split not in ("train", "test"):
@@ -150,8 +151,8 @@ def unclear(root: Path, folders: list[tuple]) -> str:
     shown = ", ".join("/".join(folder) for folder in folders[:4])
     return (
         f"{root}: its folders {shown} do not tell which images are for training and which for "
-        "testing: keep one folder train, and one folder test or val beside it (rename a class of "
-        "such a name), or give the folder to train on as the dataset"
+        "testing: keep one folder train, and one folder test or val beside it (rename a class that "
+        "is called so), or give the folder to train on as the dataset"
     )
 
 
@@ -233,7 +234,7 @@ def check_stored(image: Image.Image) -> None:
     elif ";16" in stored and isinstance(clear, tuple):
         image.info["transparency"] = tuple(value >> 8 for value in clear)
     if image.mode[0] not in "IF" and 2 in tags.get(SAMPLE_FORMAT, ()):
-        raise ValueError("it has signed values of 8 bits; save it without signs")
+        raise ValueError("its 8-bit values are signed; save it unsigned")
     if re.search("RGBX?;16[BLN]", stored):  # Pillow keeps the upper 8 bits
         if 0 < max(high for _, high in image.getextrema()) < 16:
             raise ValueError("its colours of 16 bits are nearly black; save it with 8 bits")
@@ -242,7 +243,7 @@ def check_stored(image: Image.Image) -> None:
 def stretch(image: Image.Image) -> Image.Image:
     """Grey of more than 8 bits as 8: by the least of the usual depths that holds its values.
 
-    By its own extremes where values are negative or beyond all, or 16 greys would not be left.
+    By its own extremes where values are negative or over 16 bits, or too few greys would remain.
     """
     values, tags = np.asarray(image), getattr(image, "tag_v2", {})
     if tags.get(BITS) == (32,) and tags.get(SAMPLE_FORMAT, (1,)) == (1,):  # Pillow gives them signs

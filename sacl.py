@@ -25,7 +25,7 @@ To be read beside the paper's Section 2, or beside PAPER.md, which retells it in
 Script    python sacl.py                          an embedded demo, minutes on a CPU
           python sacl.py --dataset cifar100       the paper's settings (Section 3.2)
 2 GPUs    torchrun --standalone --nproc_per_node=2 sacl.py --dataset cifar100
-Notebook  paste this file into a cell (nothing runs), then train(Config(dataset="cifar100"))
+Notebook  paste this file into a cell, then train(Config(dataset="cifar100", texture="none"))
 
 `ours` marks a decision of this project; the rest follows the section or equation that is cited.
 """
@@ -72,7 +72,7 @@ class UsageError(ValueError):
 class Config:
     """The paper's settings for CIFAR-100; `ours` marks what the paper leaves open.
 
-    Config(dataset="stl10", lr=0.2): what is not given is as in DATASETS, then as it stands here.
+    Config(dataset="stl10", lr=0.2): the rest comes from DATASETS, then from the values below.
     """
 
     # data
@@ -116,7 +116,7 @@ class Config:
     seed: int = 0
     # run
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # bf16 or fp16 on a GPU, off on a CPU
-    compile: Literal["auto", "on", "off"] = "auto"  # auto: long runs on one GPU, capability 8.0 on
+    compile: Literal["auto", "on", "off"] = "auto"  # auto: long runs on one GPU, 8.0 or newer
     knn_every: int = 10  # epochs between kNN monitors; 0: never
     print_every: int = 50  # steps between log lines
     max_steps: int = 0  # stop, resumable, after this many steps; 0: no limit
@@ -187,7 +187,7 @@ def check(cfg: Config) -> None:
     if not cfg.dataset:
         raise UsageError("--dataset is empty: name a dataset or an image folder")
     if math.comb(cells, cfg.combine) > 10_000:
-        raise UsageError(f"--combine {cfg.combine}: of {cells} cells that is too many combinations")
+        raise UsageError(f"--combine {cfg.combine}: gives too many combinations of {cells} cells")
     if cfg.image_size % cfg.grid:
         raise UsageError(f"--grid {cfg.grid}: must divide the image's {cfg.image_size} pixels")
 
@@ -744,7 +744,8 @@ def make_textures(data: Images, cfg: Config, epoch: int) -> Tensor | np.ndarray 
                 return texture.bank(data.pixels, cfg.texture_bank, **options)
         if isinstance(data.pixels, np.ndarray) or side > (96 if cuda else 64):
             advice = "give --texture-bank FILE, where the run keeps their textures"
-            raise ValueError(f"images of {side} px take seconds each: {advice}")
+            large = f"{len(data.pixels)} images of {side} px are too large to do this in memory"
+            raise ValueError(f"{large}: {advice}")
         say(f"making {len(data.pixels)} textures for the epochs from {epoch + 1} on")
         generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + epoch // TEXTURE_EPOCHS)
         return texture.texture_views(data.pixels, generator=generator, **options)
@@ -1069,7 +1070,7 @@ def choose_device() -> torch.device:
         return torch.device("cpu")
     device, count = torch.device("cuda", local_rank()), torch.cuda.device_count()
     if device.index >= count:
-        raise UsageError(f"--nproc_per_node: this machine has {count} GPUs, a process needs one")
+        raise UsageError(f"--nproc_per_node: more processes than this machine's GPUs ({count})")
     torch.cuda.set_device(device)
     torch.backends.cudnn.benchmark = True
     torch.cuda.reset_peak_memory_stats()
@@ -1079,7 +1080,7 @@ def choose_device() -> torch.device:
         if out_of_memory(error):  # other programs fill it
             raise
         fault = f"cannot use {torch.cuda.get_device_name(device)} ({str(error).splitlines()[0]})"
-        advice = "choose another GPU (Kaggle: the T4), or hide this one with CUDA_VISIBLE_DEVICES="
+        advice = 'choose another GPU (Kaggle: the T4), or use the CPU: CUDA_VISIBLE_DEVICES=""'
         raise UsageError(f"torch {torch.__version__} {fault}: {advice}") from None
     return device
 
@@ -1159,7 +1160,7 @@ def resume(out: Path, cfg: Config, names: list[str], parts: dict, encoders: dict
     for name, encoder in encoders.items() if saved and rank() == 0 else ():
         path = out / BACKBONES[name]
         if path.exists() and not trained_for(path) <= int(encoder.bn1.num_batches_tracked):
-            found = "is further trained than checkpoint.pth, or another's, and would be replaced"
+            found = "is newer than checkpoint.pth, or another's, and would be replaced"
             raise UsageError(f"{path} {found}: move it away, or choose another --output-dir")
     return saved
 
@@ -1204,7 +1205,7 @@ def read_checkpoint(out: Path, cfg: Config, names: list[str]) -> dict:
         )
     say(f"going on at step {saved['step']}")
     if saved["processes"] != world_size():
-        say(f"with {world_size()} processes, not {saved['processes']}: other random views")
+        say(f"{world_size()} processes, {saved['processes']} before: the random views differ")
     return saved
 
 
@@ -1253,7 +1254,7 @@ def read_weights(path: Path) -> dict:
 
 
 def start_log(out: Path, cfg: Config, step: int, log: list[dict], facts: dict) -> None:
-    """Print what runs; of the log the lines up to the checkpoint stay: later steps come again."""
+    """Print what runs; keep the log's lines up to the checkpoint, since later steps come again."""
     log.append(facts | ({"resumed_at": step} if step else {"settings": asdict(cfg)}))
     write(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log).encode())
     write(out / "config.json", json.dumps(asdict(cfg), indent=1).encode())

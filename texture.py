@@ -134,7 +134,7 @@ def synthesize(
     numbers += (c + 3) * (height * width + 4 * n * s * s)  # the canvas, forms of the sources
     chunk_bytes = chunk_bytes or (2**31 if device.type == "cuda" else 2**23)  # CPU: its cache
     chunk = min(b, max(1, chunk_bytes // (dtype.itemsize * numbers)))
-    # one buffer for all chunks: a new one each costs 15 % of the time in page faults
+    # one buffer for all chunks: a new one each costs time in page faults
     windows = torch.empty(chunk, offers, candidates, dtype=dtype, device=device)
     textures = sources.new_empty(b, c, height * width)
     index = start.new_empty(b if return_index else 0, height * width)
@@ -328,7 +328,8 @@ def require_sources(sources: Tensor) -> None:
     require(square, "sources must be a tensor (B, n, C, s, s)")
     require(sources.numel() > 0, f"sources of shape {tuple(sources.shape)} are empty")
     floats = sources.is_floating_point()
-    require(floats or sources.dtype == torch.uint8, f"sources are {sources.dtype}: uint8 or float")
+    good = floats or sources.dtype == torch.uint8
+    require(good, f"sources are {sources.dtype}, not uint8 or float")
     within = not floats or (sources.min() >= 0 and sources.max() <= 1)  # NaN fails comparisons
     require(within, "sources of floats must be finite and in [0, 1]")
 
@@ -342,7 +343,7 @@ def draw(high: int, shape: tuple[int, ...], generator: Generator | None) -> Tens
 def exact_products(device: torch.device):
     """Float32 products without TF32, bfloat16 or autocast, whatever the caller has switched on.
 
-    TF32 is off by 1e-4 in a distance, enough to miss the best window.
+    TF32's rounding is enough to miss the best window.
     """
     switches = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
     switches = [s for s in switches if hasattr(s, "fp32_precision")]  # older torch has none
@@ -447,7 +448,7 @@ def require_header(path: Path, header: bytes) -> None:
     theirs, ours = (text.decode("latin1").split() for text in texts)
     found = " ".join(w for w in theirs if w not in ours) or "something else"
     wanted = " ".join(w for w in ours if w not in theirs) or "the defaults"
-    raise ValueError(f"{path} is of {found}, not of {wanted}: move it, or choose another place")
+    raise ValueError(f"{path} has {found}, not {wanted}: move it, or name another file")
 
 
 def write_at(path: Path, place: int, data) -> None:

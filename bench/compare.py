@@ -17,8 +17,8 @@ to it that no run is done twice and that an interrupted one resumes.
 Equal time: the kNN of each system when it has used as much time as the quickest one needs for its
 whole schedule, read off the monitor's curve. The slower systems are then in the middle of their
 schedule, at a high learning rate; a schedule made for that time would probably give more. Time is
-CPU seconds of training with its monitor, SACL's textures and HARL's masks, since wall time on a
-shared machine mostly measures its other users. Runs on a GPU, and interrupted ones, have no such
+CPU seconds of training with its monitor, SACL's textures and HARL's masks, since wall time
+depends on the other programs of the machine. Runs on a GPU, and interrupted ones, have no such
 figure.
 
 Encoders are evaluated with the running statistics that training leaves in BatchNorm: in SACL's and
@@ -63,7 +63,7 @@ class System(NamedTuple):
 
 
 # paper: SACL, Section 3.2. lightly: cifar10_benchmark.py, lr 0.06 at a batch of 128, weight decay
-# 5e-4. 003: the code of its authors, lr 0.1 at 256. ours: what no source gives for CIFAR.
+# 5e-4. multi-network: the code of its authors, lr 0.1 at 256. ours: what no source gives for CIFAR.
 SYSTEMS = {
     "sacl": System(SACL, 0.1, 1e-4, dict(tau=0.2, texture="negative")),  # paper
     "fast-moco": System(SACL, 0.1, 1e-4, dict(tau=0.2)),  # as SACL; its own tau is 1.0
@@ -80,7 +80,7 @@ SYSTEMS = {
     "mining": System(PotentialSamples, 0.1, 1e-4, dict(tau=0.2),
                      dict(queue=4096, neighbours=5, weighting="both", keep=512, offset=0.0,
                           lam=1.0, ramp=0.1)),
-    # 003, but for clipped gradients and the predictor's constant lr
+    # as its authors, but for clipped gradients and the predictor's constant lr
     "multi-network": System(MultiNetwork, 0.05, 1e-4, dict(tau=1.0),
                             dict(a=6.0, queue=16384, as_shipped=False)),
     # its alpha; ours: recipe as BYOL's, and as SACL's
@@ -107,7 +107,10 @@ def compare(args: argparse.Namespace) -> None:
         label, config = run_config(args, name, seed)
         torch.compiler.reset()  # else each system counts as one more variant of the same code
         build = functools.partial(build_system, name)
-        runs.run(label, config, args.results, build, method=name, own=SYSTEMS[name].own)
+        facts = dict(method=name, own=SYSTEMS[name].own)
+        facts["command"] = f"python bench/compare.py --dataset {args.dataset} --scale {args.scale}"
+        facts["command"] += f" --epochs {config.epochs} --methods {name} --seeds {seed + 1}"
+        runs.run(label, config, args.results, build, **facts)
 
 
 def run_config(args: argparse.Namespace, name: str, seed: int) -> tuple[str, Config]:

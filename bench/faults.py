@@ -1,4 +1,4 @@
-"""Faults put in on purpose, and what becomes of the work. Linux; about ten minutes on one core.
+"""Faults put in on purpose, and what becomes of the work. Linux; some minutes on one core.
 
     OMP_NUM_THREADS=1 python bench/faults.py | tee results/faults.txt
 
@@ -31,6 +31,7 @@ import eval_linear
 import images
 import sacl
 import texture
+from bench.runs import cpu_model
 
 FORK = multiprocessing.get_context("fork")  # a start costs no import of torch
 WORK = Path(tempfile.mkdtemp(prefix="faults-"))
@@ -51,7 +52,8 @@ def main(names: list[str]) -> None:
     draw_images(SMALL["dataset"])
     whole = WORK / "whole"
     finish(run, whole)
-    print(f"torch {torch.__version__}; the run: {end(whole)[0]} steps", flush=True)
+    machine = sacl.describe_machine(torch.device("cpu"), torch.float32) | {"cpu": cpu_model()}
+    print(machine, f"the run: {end(whole)[0]} steps", sep="\n", flush=True)
     jobs = kills, two_starts, made_once, disk_full, processes, broken_files, many_files, flags
     for job in (job for job in jobs if not names or job.__name__ in names):
         began = time.monotonic()

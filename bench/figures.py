@@ -28,7 +28,7 @@ from sacl import UsageError
 
 
 def views(args: argparse.Namespace) -> dict[str, Tensor]:
-    """After the paper's Fig. 1: images, two weak views of each, its texture and the texture's view."""
+    """As the paper's Fig. 1: images, two weak views of each, its texture and its texture view."""
     size = {} if args.dataset in sacl.DATASETS else {"image_size": 32}
     cfg = sacl.Config(dataset=args.dataset, data_dir=args.data_dir, **size)
     pixels, g = sacl.load_data(cfg, "train").pixels, torch.Generator().manual_seed(args.seed)

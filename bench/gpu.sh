@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What only a GPU can show, in one session of about an hour on one card:
+# What only a GPU can show, in one command:
 #
 #     bash bench/gpu.sh [DATA_DIR] [OUT]          CIFAR-100 is downloaded to DATA_DIR if it is not there
 #     EPOCHS=50 bash bench/gpu.sh                 a shorter run, with a whole cosine of its own
@@ -32,7 +32,7 @@ part tests python -m pytest -q
 
 # 2. Time of a step: eager, compiled, with the fused tail, with CUDA graphs.
 #    A step of sacl.py's default on this card (bf16+compile) should lead; where fused or graphs is
-#    clearly faster (x below 0.95 of that row's x), they are worth having in sacl.py.
+#    clearly faster (x below 0.95 of that row's x), add them to sacl.py.
 part step python bench/step.py --dataset cifar100 --whole --json "$OUT/step.json"
 part step-512 python bench/step.py --dataset cifar100 --whole --batch-size 512 \
   --json "$OUT/step-512.json" --rows bf16,bf16+compile,bf16+compile+fused

@@ -1,4 +1,4 @@
-"""HARL: heuristic attention representation learning (the project's source document 004).
+"""HARL: heuristic attention representation learning.
 
 V. N. Tran, S.-H. Liu, Y.-H. Li, J.-C. Wang: "Heuristic Attention Representation Learning for
 Self-Supervised Pretraining", Sensors 22(14):5169, 2022. We read the abstract, the READMEs and the

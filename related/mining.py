@@ -1,4 +1,4 @@
-"""Mining of potential samples (the project's source document 002), as far as it is known.
+"""Mining of potential samples, as far as it is known.
 
 H. Dong, X. Long, Y. Li: "Rethinking Samples Selection for Contrastive Learning: Mining of Potential
 Samples", arXiv 2311.00358, Knowledge-Based Systems. We could read only the abstract, and there is

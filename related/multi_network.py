@@ -1,4 +1,4 @@
-"""Multi-network contrast of global and local representations (the project's source document 003).
+"""Multi-network contrast of global and local representations.
 
 W. Li, X. Long, Y. Li: "Multi-network Contrastive Learning Based on Global and Local
 Representations", arXiv 2306.15930. We read the authors' code, liweiquan39/MNCLGLF, not the paper's

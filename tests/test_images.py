@@ -369,7 +369,7 @@ def test_a_tiff_says_which_end_is_white_and_whether_values_have_signs(tmp_path):
         tiff(tmp_path / f"{name}.tif", values, white, 3 if name == "float" else 1)
         assert seen(tmp_path / f"{name}.tif", 2)[0, :, 0].tolist() == expected, name
     tiff(tmp_path / "signed.tif", (ends * 100 - 50).astype("i1"), sample_format=2)
-    with pytest.raises(ValueError, match=r"signed\.tif: .*signed values"):
+    with pytest.raises(ValueError, match=r"signed\.tif: .*values are signed"):
         images.square(tmp_path / "signed.tif", 2)
 
 

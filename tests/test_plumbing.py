@@ -171,7 +171,7 @@ def test_a_damaged_backbone_is_not_told_as_a_damaged_run(stopped, folder):
     torch.save({"bn1.num_batches_tracked": "many"}, odd)
     for content in (b"", b"junk", odd.getvalue()):
         (stopped / "backbone.pth").write_bytes(content)
-        assert "backbone.pth is further trained" in (told := refused(*words)) and "move" in told
+        assert "backbone.pth is newer" in (told := refused(*words)) and "move" in told
     (stopped / "backbone.pth").unlink()
     sacl.main(words)  # the advice works
     assert assert_of_one_step(stopped)["step"] == 3
@@ -195,7 +195,7 @@ def test_a_backbone_is_not_replaced_by_a_less_trained_one(run, stopped, folder):
     for name in THREE[1:]:
         shutil.copy(run / name, stopped)  # three steps, and a checkpoint of two
     before, words = contents(stopped), flags(folder, output_dir=stopped, max_steps=1)
-    assert "further trained than checkpoint.pth" in refused(*words)
+    assert "newer than checkpoint.pth" in refused(*words)
     assert contents(stopped) == before
     for name in THREE[1:]:  # the advice works
         (stopped / name).rename(stopped / f"kept-{name}")

@@ -293,7 +293,7 @@ def test_pirls_cells_are_the_other_views_each_image_in_an_order_of_its_own():
     assert len(order.unique(dim=1).T) > 10  # of 24
 
 
-# ------------------------------------------------------------ 002: potential samples
+# ------------------------------------------------------------ potential samples
 
 
 @pytest.mark.parametrize("weighting", mining.WEIGHTINGS)
@@ -358,7 +358,7 @@ def test_each_view_is_mined_for_by_the_other_and_the_second_ones_keys_are_queued
     assert torch.allclose(model.queue[:8], sacl.unit(k2), atol=1e-6)
 
 
-# ------------------------------------------------------------ 003: global and local
+# ------------------------------------------------------------ global and local
 
 
 def test_the_three_networks_loss_equals_its_formula_written_as_loops():
@@ -395,7 +395,7 @@ def test_as_shipped_the_local_loss_trains_nothing_but_running_statistics(as_ship
     assert torch.equal(model.encoder.bn1.running_mean, before) != as_shipped
 
 
-# ------------------------------------------------------------ 004: HARL
+# ------------------------------------------------------------ HARL
 
 
 @pytest.mark.parametrize("name", ["harl", "harl-nce"])

@@ -541,13 +541,13 @@ def test_too_little_disk_is_refused_before_the_first_byte(tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     "change, told",
     [
-        (dict(seed=6), "is of seed=5, not of seed=6"),
-        (dict(textures=2), "is of shape=5x3x3x16x16, not of shape=5x2x3x16x16"),
-        (dict(window=5), "is of window=3, not of window=5"),
-        (dict(patch=None), "is of patch=5, not of the defaults"),
-        (dict(images=smooth(4, 16)), "shape=5x3x3x16x16.* not of shape=4x3x3x16x16"),
+        (dict(seed=6), "has seed=5, not seed=6"),
+        (dict(textures=2), "has shape=5x3x3x16x16, not shape=5x2x3x16x16"),
+        (dict(window=5), "has window=3, not window=5"),
+        (dict(patch=None), "has patch=5, not the defaults"),
+        (dict(images=smooth(4, 16)), "shape=5x3x3x16x16.* not shape=4x3x3x16x16"),
         (dict(images=smooth(5, 16) ^ (torch.arange(5) == 4)[:, None, None, None]), "pixels="),
-        (dict(images_id="other names"), "is of images_id='names', not of images_id='other"),
+        (dict(images_id="other names"), "has images_id='names', not images_id='other"),
     ],
 )
 def test_a_bank_of_other_images_or_options_is_refused_and_kept(
@@ -558,7 +558,7 @@ def test_a_bank_of_other_images_or_options_is_refused_and_kept(
     before = path.read_bytes()
     with pytest.raises(ValueError, match=f"{path.name} {told}|{path.name}.*{told}") as error:
         texture.bank(**dict(images=smooth(5, 16), path=tmp_path / "bank.npy") | SMALL | change)
-    assert "move it, or choose another place" in str(error.value)
+    assert "move it, or name another file" in str(error.value)
     assert path.read_bytes() == before
 
 
@@ -570,7 +570,7 @@ def test_a_file_of_somebody_else_is_refused_and_kept(tmp_path, name, content):
         with (tmp_path / name).open("wb") as file:
             np.save(file, np.zeros((5, 3, 3, 16, 16), np.uint8))
     before = (tmp_path / name).read_bytes()
-    with pytest.raises(ValueError, match=f"{name} is of .*: move it, or choose another place"):
+    with pytest.raises(ValueError, match=f"{name} has .*: move it, or name another file"):
         texture.bank(smooth(5, 16), tmp_path / "bank.npy", **SMALL)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {name: before}
 
