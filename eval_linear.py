@@ -92,10 +92,7 @@ def evaluate(cfg: ProbeConfig) -> dict:
     sacl.require_writable(out)
     out.mkdir(parents=True, exist_ok=True)
     device = sacl.choose_device()
-    train_set, test_set = sacl.load_data(run, "train"), sacl.load_data(run, "test")
-    if test_set is None or min(train_set.labels.min(), test_set.labels.min()) < 0:
-        raise UsageError(f"--dataset {run.dataset}: a probe needs labelled train and test images")
-    sacl.require_same_classes(train_set, test_set)
+    train_set, test_set = load_labelled(run)
     if isinstance(train_set.pixels, Tensor):
         train_set = train_set._replace(pixels=train_set.pixels.to(device))
     encoder.to(device, memory_format=torch.channels_last)
@@ -139,8 +136,18 @@ def load_encoder(cfg: ProbeConfig) -> tuple[SEResNet, Config]:
         raise UsageError(f"{path} holds values that are not finite: the run has diverged")
     data = dict(dataset=cfg.dataset or run.dataset, data_dir=cfg.data_dir or run.data_dir)
     # ours: other images too are shown at the size of training; of STL-10 the labelled ones are used
-    run = replace(run, **data, stl10_split="train")
+    amp = "auto" if run.amp == "fp16" else run.amp  # a CPU has none
+    run = replace(run, **data, stl10_split="train", amp=amp)
     return encoder.eval().requires_grad_(False), run
+
+
+def load_labelled(run: Config) -> tuple[Images, Images]:
+    """The training and test images; refuses those without labels or of different classes."""
+    train_set, test_set = sacl.load_data(run, "train"), sacl.load_data(run, "test")
+    if test_set is None or min(train_set.labels.min(), test_set.labels.min()) < 0:
+        raise UsageError(f"--dataset {run.dataset}: a probe needs labelled train and test images")
+    sacl.require_same_classes(train_set, test_set)
+    return train_set, test_set
 
 
 def probe_lars(encoder, data: Images, run: Config, cfg: ProbeConfig, device) -> tuple:

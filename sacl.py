@@ -35,7 +35,7 @@ import contextlib
 import copy
 import datetime
 import functools
-import importlib
+import importlib.util
 import inspect
 import io
 import itertools
@@ -52,7 +52,6 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from types import ModuleType
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
@@ -145,8 +144,8 @@ DATASETS = {
     "cifar10": {}, "cifar100": {}, "stl10": dict(image_size=96),
     "imagenet100": dict(image_size=224, epochs=100),
 }  # fmt: skip
-# settings that may differ on resume: the images are known by name and size, and the others do not
-# change what is learned, but for rounding
+# settings that may differ on resume: the images are known by name and size, a bank's textures are
+# drawn as others are, and the rest does not change what is learned, but for rounding
 FREE = {"dataset", "data_dir", "decoded_dir", "output_dir", "texture_bank", "amp", "compile",
         "knn_every", "print_every", "max_steps", "max_hours", "changed_images"}  # fmt: skip
 
@@ -662,13 +661,8 @@ def read_archive(cfg: Config, split: str) -> Images:
             fault = f"--dataset {name}: {found} is not a whole copy of it"
             raise UsageError(f"{fault}; {advice}") from None
     else:
-        try:
-            with claim(root / f"{name}.lock", wait=True):
-                data = download(kind, ARCHIVES[name], root, part)
-        except OSError as error:
-            fault = f"has no {kind.__name__} and cannot be written ({error.strerror})"
-            advice = "name one that has its unpacked archive, or can be written"
-            raise UsageError(f"--data-dir {root} {fault}: {advice}") from None
+        with claim(root / f"{name}.lock", wait=True):
+            data = download(kind, ARCHIVES[name], root, part)
     pixels = torch.as_tensor(data.data)  # CIFAR: (L, 32, 32, 3)
     pixels = pixels if name == "stl10" else pixels.permute(0, 3, 1, 2).contiguous()
     labels = torch.as_tensor(data.labels if name == "stl10" else data.targets).long()
@@ -754,16 +748,14 @@ def make_textures(data: Images, cfg: Config, epoch: int) -> Tensor | np.ndarray 
         raise UsageError(f"--texture {cfg.texture}: {error}{way_out}") from None
 
 
-def beside(name: str) -> ModuleType:
+def beside(name: str):
     """A file of this project that only some runs need: images.py, texture.py or shapes.py."""
     sys.path += [""] * ("" not in sys.path)  # where this file was pasted: the notebook's folder
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name != name:
-            raise
+    found = importlib.util.find_spec(name)
+    if found is None or found.origin is None:  # it has none where a mere folder is called so
         way = "beside sacl.py or the notebook" + ", or choose --texture none" * (name == "texture")
-        raise UsageError(f"this needs {name}.py: put it {way}") from None
+        raise UsageError(f"this needs {name}.py: put it {way}")
+    return importlib.import_module(name)
 
 
 # ------------------------------------------------------------ 6. The kNN monitor
@@ -828,30 +820,29 @@ def train(cfg: Config | None = None, build: Callable[[Config], nn.Module] = SACL
     writes there. Raises UsageError for bad input, FloatingPointError where the loss is not finite,
     OSError where a disk fails.
     """
-    cfg = cfg or Config()
+    cfg, began = cfg or Config(), time.perf_counter()
     require_writable(Path(cfg.output_dir))
     device = choose_device()
     join_group(device)
-    try:
-        # a machine's first process downloads, decodes and makes a bank; the others find all that
-        if world_size() > 1 and local_rank() > 0:
-            dist.barrier()
-        train_set, test_set = load_data(cfg, "train"), load_data(cfg, "test")
-        bank = make_textures(train_set, cfg, 0) if cfg.texture_bank else None
-        if world_size() > 1 and local_rank() == 0:
-            dist.barrier()
-        test_set = test_set if monitored(cfg, train_set, test_set) else None
-        with claim(Path(cfg.output_dir, "lock")) if rank() == 0 else contextlib.nullcontext():
-            return run_epochs(cfg, build, train_set, test_set, bank, device)
-    finally:
-        if world_size() > 1:
-            dist.destroy_process_group()
+    # a machine's first process downloads, decodes and makes a bank; the others find all that
+    if world_size() > 1 and local_rank() > 0:
+        dist.barrier()
+    train_set, test_set = load_data(cfg, "train"), load_data(cfg, "test")
+    bank = make_textures(train_set, cfg, 0) if cfg.texture_bank else None
+    if world_size() > 1 and local_rank() == 0:
+        dist.barrier()
+    if not monitored(cfg, train_set, test_set) or rank() > 0:
+        test_set = None
+    with claim(Path(cfg.output_dir, "lock")) if rank() == 0 else contextlib.nullcontext():
+        model = run_epochs(cfg, build, train_set, test_set, bank, device, began)
+    if world_size() > 1:  # not after an error: NCCL would wait for the others, and they for this
+        dist.destroy_process_group()
+    return model
 
 
-def run_epochs(cfg: Config, build, train_set, test_set, bank, device) -> nn.Module:
+def run_epochs(cfg: Config, build, train_set, test_set, bank, device, began) -> nn.Module:
     """The loop of Algorithm 1, from the checkpoint in cfg.output_dir or from the start."""
-    began, out = time.perf_counter(), Path(cfg.output_dir)
-    steps, world = steps_in_epoch(cfg, train_set), world_size()
+    out, steps, world = Path(cfg.output_dir), steps_in_epoch(cfg, train_set), world_size()
     total, warmup = cfg.epochs * steps, cfg.warmup_epochs * steps
     if isinstance(train_set.pixels, Tensor):
         train_set = train_set._replace(pixels=train_set.pixels.to(device))
@@ -873,9 +864,9 @@ def run_epochs(cfg: Config, build, train_set, test_set, bank, device) -> nn.Modu
     if hasattr(raw, "target_encoder"):
         encoders["knn_target"] = raw.target_encoder
 
-    names = train_set.names
-    saved = resume(out, cfg, names, parts, encoders)
-    save_now = functools.partial(save_run, out, cfg, names, parts, encoders, steps_per_epoch=steps)
+    run = out, cfg, train_set.names, parts, encoders
+    saved = resume(*run)
+    save_now = functools.partial(save_run, *run, steps_per_epoch=steps)
     done, before = saved.get("step", 0), saved.get("steps_per_epoch", steps)
     start = step = done * steps // before  # in the same epoch
     if steps != before:
@@ -885,7 +876,6 @@ def run_epochs(cfg: Config, build, train_set, test_set, bank, device) -> nn.Modu
     textures = bank
     if bank is None and step < last:  # a finished run needs none
         textures = make_textures(train_set, cfg, step // steps)
-    monitor = knn_monitor if rank() == 0 and test_set else None
     if rank() == 0:
         if saved:
             save_backbones(out, encoders)  # a kill may have come between them and the checkpoint
@@ -894,10 +884,10 @@ def run_epochs(cfg: Config, build, train_set, test_set, bank, device) -> nn.Modu
         kept = read_log(out / "log.jsonl")[: saved.get("log_lines") if saved else 0]
         facts = dict(machine=describe_machine(device, dtype), images=len(images))
         start_log(out, cfg, step, kept, facts | dict(steps_per_epoch=steps))
-        if monitor and step == 0 and last >= steps * min(cfg.knn_every, cfg.epochs):
+        if test_set and step == 0 and last >= steps * min(cfg.knn_every, cfg.epochs):
             small = len(images) * 12 * cfg.image_size**2 <= 2 << 30  # bytes, as float32
             shown = ({"pixels": nn.Flatten()} if small else {}) | encoders
-            figures = monitor(shown, cfg, train_set, test_set, device)
+            figures = knn_monitor(shown, cfg, train_set, test_set, device)
             write_log(out, {"epoch": 0, "step": 0} | figures)
     compile_model(raw, cfg, dtype, last - step)
     model = nn.parallel.DistributedDataParallel(raw) if world > 1 else raw
@@ -942,10 +932,7 @@ def run_epochs(cfg: Config, build, train_set, test_set, bank, device) -> nn.Modu
             dist.all_reduce(sums)
         mean, late = (sums / world).tolist()  # over the processes; syncs
         if not math.isfinite(mean):
-            fault = f"the loss is {mean} at step {step}; {out} keeps its last checkpoint"
-            advice = "start anew with a lower --lr or more --warmup-epochs and another --output-dir"
-            advice += ", or go on from there with --amp off" * (dtype != torch.float32)
-            raise FloatingPointError(f"{fault}: {advice}")
+            raise diverged(f"the loss is {mean} at step {step}", out, dtype)
         step_seconds = (time.perf_counter() - last_log) / counted
         epoch_loss += mean * counted
         line = {"epoch": epoch + 1, "step": step, "loss": mean, "lr": lr, "m": m}
@@ -955,36 +942,52 @@ def run_epochs(cfg: Config, build, train_set, test_set, bank, device) -> nn.Modu
             line["gpu_gib"] = torch.cuda.max_memory_allocated() / 2**30
         if step % steps == 0:
             line["epoch_loss"], epoch_loss = epoch_loss / steps, 0.0
-            if monitor and ((epoch + 1) % cfg.knn_every == 0 or step == total):
-                line |= monitor(encoders, cfg, train_set, test_set, device)
+            if test_set and ((epoch + 1) % cfg.knn_every == 0 or step == total):
+                line |= knn_monitor(encoders, cfg, train_set, test_set, device)
         line["seconds"] = round(earlier + time.perf_counter() - began)
-        stop = step == last or late > 0
+        last = step if late else last
         if rank() == 0:
             left = datetime.timedelta(seconds=round((total - step) * step_seconds))
             write_log(out, line, f"left {left}")
-            if stop or time.perf_counter() - last_save > SAVE_SECONDS:
+            if step == last or time.perf_counter() - last_save > SAVE_SECONDS:
+                if not all(x.isfinite().all() for x in raw.state_dict().values()):
+                    raise diverged(f"weights are not finite at step {step}", out, dtype)
                 progress = dict(step=step, seconds=line["seconds"], epoch_loss=epoch_loss)
                 save_now(**progress, log_lines=len(read_log(out / "log.jsonl")))
                 last_save = time.perf_counter()
-        if stop:
-            break
         loss_sum, counted, last_log = torch.zeros_like(loss_sum), 0, time.perf_counter()
     if step < total:
         say(f"stopped at step {step} of {total}, {out}/; the same command goes on")
     else:
         say(f"finished: step {step} of {total}, {out}/")
-        if cfg.dataset == "shapes" and rank() == 0:
+        if cfg.dataset == "shapes" and world == 1:
             explain_demo(out, device)
     return raw
+
+
+def diverged(fault: str, out: Path, dtype: torch.dtype) -> FloatingPointError:
+    advice = "start anew with a lower --lr or more --warmup-epochs and another --output-dir"
+    advice += ", or go on from there with --amp off" * (dtype != torch.float32)
+    return FloatingPointError(f"{fault}; {out} keeps its last checkpoint: {advice}")
 
 
 def explain_demo(out: Path, device: torch.device) -> None:
     """What the demo has shown, and what to do next, in five lines."""
     figures = [line for line in read_log(out / "log.jsonl") if "knn" in line]
-    if figures:
+    if figures and "pixels" in figures[0]:  # which a run has that began with a monitor
         first, last = figures[0], figures[-1]
         say(f"learned: {last['knn']} % of test images find their class by nearest neighbours; "
-            f"before training {first['knn']} %, by raw pixels {first.get('pixels')} %")  # fmt: skip
+            f"before training {first['knn']} %, by raw pixels {first['pixels']} %")  # fmt: skip
+    say(f"the encoder: {out}/backbone.pth")
+    say(f"linear evaluation: python eval_linear.py {out} --probe lbfgs")
+    say("your own images: python sacl.py --dataset FOLDER --image-size 64 --arch resnet18")
+    with contextlib.suppress(torch.OutOfMemoryError):  # of a small GPU
+        hours = f"{hours_of_the_paper(device):,.0f}"
+        say(f"the paper's run, --dataset cifar100: about {hours} hours on this {device.type}")
+
+
+def hours_of_the_paper(device: torch.device) -> float:
+    """The time of its CIFAR-100 run, from one step."""
     paper, n = Config(dataset="cifar100"), 128 if device.type == "cuda" else 4
     model, dtype = SACL(paper).to(device), precision(paper, device)
     x = torch.randint(256, (n, 3, 32, 32), device=device).byte()
@@ -995,11 +998,7 @@ def explain_demo(out: Path, device: torch.device) -> None:
             loss = model(*views)
         loss.backward()
         loss.item()
-        hours = (time.perf_counter() - began) / n * 50_000 * paper.epochs / 3600
-    say(f"the encoder: {out}/backbone.pth")
-    say(f"linear evaluation: python eval_linear.py {out} --probe lbfgs")
-    say("your own images: python sacl.py --dataset FOLDER --image-size 64 --arch resnet18")
-    say(f"the paper's run, --dataset cifar100: about {hours:,.0f} hours on this {device.type}")
+    return (time.perf_counter() - began) / n * 50_000 * paper.epochs / 3600
 
 
 def cosine(step: int, total: int, warmup: int = 0) -> float:
@@ -1071,10 +1070,10 @@ def choose_device() -> torch.device:
     device, count = torch.device("cuda", local_rank()), torch.cuda.device_count()
     if device.index >= count:
         raise UsageError(f"--nproc_per_node: more processes than this machine's GPUs ({count})")
-    torch.cuda.set_device(device)
     torch.backends.cudnn.benchmark = True
-    torch.cuda.reset_peak_memory_stats()
     try:
+        torch.cuda.set_device(device)
+        torch.cuda.reset_peak_memory_stats()
         torch.ones(1, device=device).add(1).item()  # many builds of torch have no code for a P100
     except RuntimeError as error:
         if out_of_memory(error):  # other programs fill it
@@ -1105,8 +1104,15 @@ def claim(lock: Path, wait: bool = False) -> Iterator[None]:
 
     Where another process has it: wait, or raise UsageError. A drive without locks is not guarded.
     """
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with open(lock, "a+") as file:
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = open(lock, "a+")
+    except OSError:
+        if not wait:
+            raise
+        yield  # what is there can be read, and nothing can be written
+        return
+    with file:
         while not try_lock(file):
             if not wait:
                 advice = "wait for its end, or choose another --output-dir"
@@ -1158,8 +1164,8 @@ def resume(out: Path, cfg: Config, names: list[str], parts: dict, encoders: dict
             advice = f"another model than {wanted}: choose another --output-dir"
             raise UsageError(f"{out} holds a run of {advice}") from None
     for name, encoder in encoders.items() if saved and rank() == 0 else ():
-        path = out / BACKBONES[name]
-        if path.exists() and not trained_for(path) <= int(encoder.bn1.num_batches_tracked):
+        path, trained = out / BACKBONES[name], encoder.state_dict().get("bn1.num_batches_tracked")
+        if trained is not None and path.exists() and not trained_for(path) <= int(trained):
             found = "is newer than checkpoint.pth, or another's, and would be replaced"
             raise UsageError(f"{path} {found}: move it away, or choose another --output-dir")
     return saved
@@ -1193,15 +1199,12 @@ def read_checkpoint(out: Path, cfg: Config, names: list[str]) -> dict:
             raise UsageError(f"{out} holds a run with {flag} {then}, not {now}: {advice}")
     then, now = set(saved["images"]), set(names)
     if then != now and cfg.changed_images == "refuse":
-        changes = [
-            f"{len(some)} {what} ({', '.join(sorted(x.split(chr(9))[0] for x in some)[:3])})"
-            for what, some in (("added or changed", now - then), ("gone or changed", then - now))
-            if some
-        ]
+        differ = sorted({name.split("\t")[0] for name in then ^ now})[:3]
+        found = f"{len(now - then)} are new or changed, {len(then - now)} gone or changed"
+        advice = "put them back, or give --changed-images accept to go on with those of now"
         raise UsageError(
-            f"{out} holds a run on {len(saved['images'])} images; of the {len(names)} now, "
-            f"{' and '.join(changes)}: put them back, or give --changed-images accept to go on "
-            "with those of now, or another --output-dir"
+            f"{out} holds a run on other images: {found}, such as {', '.join(differ)}; "
+            f"{advice}, or another --output-dir"
         )
     say(f"going on at step {saved['step']}")
     if saved["processes"] != world_size():
@@ -1295,11 +1298,8 @@ def describe_machine(device: torch.device, dtype: torch.dtype) -> dict[str, str 
 def say(text: str) -> None:
     """Print a line once, whatever the number of processes, on a console of any encoding."""
     if rank() == 0:
-        try:
-            print(text, flush=True)
-        except UnicodeEncodeError:
-            code = sys.stdout.encoding
-            print(text.encode(code, "backslashreplace").decode(code), flush=True)
+        code = getattr(sys.stdout, "encoding", None) or "utf-8"
+        print(text.encode(code, "backslashreplace").decode(code), flush=True)
 
 
 # ------------------------------------------------------------ 9. Command line
@@ -1323,9 +1323,9 @@ def parse(kind: type, argv: list[str] | None = None) -> dict:
 
 def command(program: str, job: Callable[[], object]) -> None:
     """Run a command line's job; what is wrong ends it with one sentence and exit code 2."""
+    code = 2
     try:
-        job()
-        return
+        return job()
     except KeyboardInterrupt:
         message = "stopped; the same command goes on from the last checkpoint, if there is one"
         code = 130
@@ -1333,20 +1333,22 @@ def command(program: str, job: Callable[[], object]) -> None:
         message, code = str(error), 2 if isinstance(error, UsageError) else 1
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        message, code = f"{where}{error.strerror or error}; what was saved is whole", 2
+        message = f"{where}{error.strerror or error}; what was saved is whole"
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
         what = str(error) if isinstance(error, MemoryError) else ""  # else it is long
-        message = f"{what or 'out of memory'}: end other programs, or choose a smaller --batch-size"
-        code = 2
+        advice = "end other programs, or choose a smaller --batch-size and another --output-dir"
+        message = f"{what or 'out of memory'}: {advice}"
     print(f"{program}: {message}", file=sys.stderr)
     sys.exit(code)
 
 
 def out_of_memory(error: Exception) -> bool:
     """Python's error, the GPU's, or that of torch's allocator on the CPU."""
-    said = re.search(r"out of memory|not enough memory|(can't|[Cc]annot) allocate", str(error))
+    said = re.search(
+        r"out of memory|not enough memory|ALLOC_FAILED|(can't|[Cc]annot) allocate", str(error)
+    )
     return isinstance(error, MemoryError) or said is not None
 
 

@@ -489,6 +489,8 @@ def test_large_images_take_their_textures_from_a_bank_made_on_first_use(folder, 
     before = (tmp_path / "bank.npy").read_bytes()
     sacl.train(cfg)
     assert (tmp_path / "bank.npy").read_bytes() == before and len(log_of(tmp_path / "a")) == 2
+    (tmp_path / "bank.npy.lock").unlink()
+    (tmp_path / "bank.npy.lock").mkdir()  # as on a drive that cannot be written
     data = sacl.load_data(cfg, "train")
     taken = sacl.take(sacl.make_textures(data, cfg, 0), torch.arange(9), CPU)
     assert taken.shape == (9, 3, 16, 16) and taken.dtype == torch.uint8

@@ -42,6 +42,7 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import eval_linear
 import sacl
 from bench import runs
 from bench.plot import count_of, mean_std, table
@@ -101,8 +102,7 @@ def compare(args: argparse.Namespace) -> None:
     """Train and evaluate every system, seed by seed, that the file of results does not have."""
     torch.set_num_threads(1)
     _, first = run_config(args, args.methods[0], 0)
-    if not sacl.monitored(first, *(sacl.load_data(first, split) for split in ("train", "test"))):
-        raise UsageError(f"--dataset {args.dataset}: a comparison needs labels and test images")
+    eval_linear.load_labelled(dataclasses.replace(first, stl10_split="train"))  # or it is refused
     for seed, name in itertools.product(range(args.seeds), args.methods):
         label, config = run_config(args, name, seed)
         torch.compiler.reset()  # else each system counts as one more variant of the same code

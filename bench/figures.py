@@ -88,6 +88,7 @@ def compare(args: argparse.Namespace) -> list[dict]:
     """kNN accuracy of SACL and the other systems, by epochs and by what their training costs."""
     done = [x for x in sacl.read_log(args.file) if x["label"].startswith(f"{args.dataset}-")]
     done = [x for x in done if x.get("knn_curve")]
+    done = [x for x in done if x["cpu_seconds"]["train"]]  # an interrupted run has none
     seconds = {x["method"]: x["cpu_seconds"]["train"] for x in done}
     if not seconds.get("fast-moco"):
         raise UsageError(
@@ -99,7 +100,8 @@ def compare(args: argparse.Namespace) -> list[dict]:
     cost = {"title": title, "x": "cost, in epochs of fast-moco", "lines": {}}
     for name in dict.fromkeys(x["method"] for x in done):
         curves = [x["knn_curve"] for x in done if x["method"] == name]
-        every = next(x["settings"] for x in done if x["method"] == name)["knn_every"]
+        settings = next(x["settings"] for x in done if x["method"] == name)
+        every = settings.get("knn_every", sacl.Config.knn_every)
         share = seconds[name] / seconds["fast-moco"]
         points = [
             (every * i, statistics.mean(y), statistics.stdev(y) if len(y) > 1 else 0.0)

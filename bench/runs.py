@@ -10,7 +10,6 @@ on from its folder.
 """
 
 import dataclasses
-import fcntl
 import json
 import platform
 import re
@@ -36,9 +35,7 @@ def run(label: str, cfg: Config, file: Path, build: Callable = SACL, **facts) ->
     out, name = Path(cfg.output_dir), f"{label}, seed {cfg.seed}"
     out.mkdir(parents=True, exist_ok=True)
     with open(out.with_name(out.name + ".lock"), "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not sacl.try_lock(lock):
             print(f"{name}: another process is running it", flush=True)
             return
         if any((x["label"], x["seed"]) == (label, cfg.seed) for x in sacl.read_log(file)):
@@ -96,7 +93,7 @@ def evaluate(model: nn.Module, cfg: Config) -> dict:
     """Figures of the online encoder, and kNN of the target's; on shapes, shifted images too."""
     device, encoder = next(model.parameters()).device, model.encoder.eval()
     cfg = dataclasses.replace(cfg, stl10_split="train")  # a probe needs labels
-    train_set, test_set = (sacl.load_data(cfg, split) for split in ("train", "test"))
+    train_set, test_set = eval_linear.load_labelled(cfg)
     classes = len(train_set.classes)
 
     def embed(net: nn.Module, *sets: sacl.Images) -> list[Tensor]:

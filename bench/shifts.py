@@ -55,9 +55,7 @@ def evaluate(run_dir: str, which: str = "online", data_dir: str = "") -> dict:
     probe = eval_linear.ProbeConfig(run=run_dir, data_dir=data_dir, encoder=network, probe="lbfgs")
     encoder, run = eval_linear.load_encoder(probe)
     sacl.require_writable(Path(run_dir))
-    train_set, test_set = (sacl.load_data(run, split) for split in ("train", "test"))
-    if test_set is None or min(train_set.labels.min(), test_set.labels.min()) < 0:
-        raise sacl.UsageError(f"--dataset {run.dataset}: a probe needs labelled images")
+    train_set, test_set = eval_linear.load_labelled(run)
     device = sacl.choose_device()
     encoder.to(device)
     if which == "recalibrated":

@@ -398,7 +398,13 @@ def test_every_figure_is_drawn(folder, finished, tmp_path):
     figures.main(["views", *few, "--out", str(tmp_path / "views.png")])
     figures.main(["curves", str(finished), "--out", str(tmp_path / "curves.png")])
     figures.main(["compare", "--dataset", "cifar100", "--out", str(tmp_path / "compare.png")])
+    lines = sacl.read_log(RESULTS / "compare.jsonl")[:4]
+    del lines[0]["settings"]["knn_every"]  # as where it is the default
+    lines.append(lines[1] | {"cpu_seconds": {"train": None}})  # as where it was interrupted
+    (tmp_path / "lines.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    file = ["--file", str(tmp_path / "lines.jsonl"), "--out", str(tmp_path / "few.png")]
+    figures.main(["compare", "--dataset", "cifar100", *file])
     for path in tmp_path.glob("*.png"):
         assert len(colours_of(path)) > 10, path
-    assert len(list(tmp_path.glob("*.png"))) == 3
+    assert len(list(tmp_path.glob("*.png"))) == 4
     assert "RUN" in refused("curves", program=figures).upper()

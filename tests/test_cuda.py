@@ -108,7 +108,7 @@ def rehearse(monkeypatch, tmp_path):
                 patch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
                 patch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
             with pytest.raises(WAITS) as wait:
-                sacl.run_epochs(cfg, lambda cfg: model, data, None, None, device)
+                sacl.run_epochs(cfg, lambda cfg: model, data, None, None, device, 0.0)
         return len(done), wait.value
 
     monkeypatch.setitem(sacl.SEResNet.BLOCKS, "resnet18", (sacl.BasicBlock, (0, 1, 0, 0)))
