@@ -24,7 +24,7 @@ import sacl
 import texture
 from conftest import flags, log_of, tiny
 from eval_linear import ProbeConfig
-from sacl import Config, SEResNet, UsageError
+from sacl import Config, SEResNet
 
 HERE = Path(__file__).parent
 CPU = torch.device("cpu")
@@ -479,33 +479,7 @@ def test_textures_are_a_function_of_seed_and_period_and_renewed_every_20_epochs(
     assert sacl.make_textures(data, tiny(texture="none"), 0) is None
 
 
-def test_large_images_take_their_textures_from_a_bank_made_on_first_use(folder, tmp_path):
-    data = sacl.in_memory(torch.randint(256, (2, 3, 256, 256)).byte(), torch.zeros(2), ["a"])
-    with pytest.raises(UsageError, match="--texture-bank FILE.*--texture none"):
-        sacl.make_textures(data, tiny(texture="negative"), 0)
-    bank = dict(texture="negative", texture_bank=tmp_path / "bank.npy")
-    cfg = tiny(folder, output_dir=tmp_path / "a", max_steps=1, **bank)
-    sacl.train(cfg)
-    before = (tmp_path / "bank.npy").read_bytes()
-    sacl.train(cfg)
-    assert (tmp_path / "bank.npy").read_bytes() == before and len(log_of(tmp_path / "a")) == 2
-    (tmp_path / "bank.npy.lock").unlink()
-    (tmp_path / "bank.npy.lock").mkdir()  # as on a drive that cannot be written
-    data = sacl.load_data(cfg, "train")
-    taken = sacl.take(sacl.make_textures(data, cfg, 0), torch.arange(9), CPU)
-    assert taken.shape == (9, 3, 16, 16) and taken.dtype == torch.uint8
-    with pytest.raises(UsageError, match="bank.npy"):
-        sacl.make_textures(data._replace(pixels=data.pixels[:9], names=data.names[:9]), cfg, 0)
-
-
 # ------------------------------------------------------------ data and kNN
-
-
-def test_the_order_of_an_epoch_is_a_function_of_seed_and_epoch():
-    orders = [sacl.epoch_order(50, tiny(seed=s), e) for s, e in ((0, 0), (0, 0), (0, 1), (1, 0))]
-    assert torch.equal(orders[0], orders[1])
-    assert not torch.equal(orders[0], orders[2]) and not torch.equal(orders[0], orders[3])
-    assert orders[0].shape == (3, 16) and orders[0].unique().numel() == 48  # the rest is dropped
 
 
 def test_knn_is_perfect_on_separated_clusters_and_chance_on_noise():

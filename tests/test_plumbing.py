@@ -331,6 +331,13 @@ def test_different_runs_do_not_fall_into_one_folder(folder, tmp_path, monkeypatc
 # ------------------------------------------------------------ kind 3: a resume is the same run
 
 
+def test_the_order_of_an_epoch_is_a_function_of_seed_and_epoch():
+    orders = [sacl.epoch_order(50, tiny(seed=s), e) for s, e in ((0, 0), (0, 0), (0, 1), (1, 0))]
+    assert torch.equal(orders[0], orders[1])
+    assert not torch.equal(orders[0], orders[2]) and not torch.equal(orders[0], orders[3])
+    assert orders[0].shape == (3, 16) and orders[0].unique().numel() == 48  # the rest is dropped
+
+
 def test_moved_and_renamed_images_are_the_same(folder, stopped, tmp_path, losses):
     shutil.copytree(folder, tmp_path / "new name")
     sacl.train(tiny(f"{tmp_path}/new name/", output_dir=stopped))

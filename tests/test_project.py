@@ -21,7 +21,7 @@ BUDGETS = {  # lines, and lines of code: neither blank, nor comments, nor docstr
     "texture.py": (482, 310),
     "shapes.py": (102, 70),
     "eval_linear.py": (282, 205),
-    "test_sacl.py": (741, 535),
+    "test_sacl.py": (720, 525),
     "related/*.py": (650, 339),
     "bench/*.py": (1948, 1396),
     "README.md": (150, None),

@@ -13,7 +13,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import sacl
 import texture
+from conftest import log_of, tiny
 
 
 @pytest.fixture(autouse=True)
@@ -604,3 +606,25 @@ def test_the_command_of_old_says_that_it_is_gone(capsys):
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(texture.__file__, run_name="__main__")
     assert stop.value.code == 2 and "texture.synthesize" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------ in a run
+
+
+def test_large_images_take_their_textures_from_a_bank_made_on_first_use(folder, tmp_path):
+    data = sacl.in_memory(torch.randint(256, (2, 3, 256, 256)).byte(), torch.zeros(2), ["a"])
+    with pytest.raises(sacl.UsageError, match="--texture-bank FILE.*--texture none"):
+        sacl.make_textures(data, tiny(texture="negative"), 0)
+    bank = dict(texture="negative", texture_bank=tmp_path / "bank.npy")
+    cfg = tiny(folder, output_dir=tmp_path / "a", max_steps=1, **bank)
+    sacl.train(cfg)
+    before = (tmp_path / "bank.npy").read_bytes()
+    sacl.train(cfg)
+    assert (tmp_path / "bank.npy").read_bytes() == before and len(log_of(tmp_path / "a")) == 2
+    (tmp_path / "bank.npy.lock").unlink()
+    (tmp_path / "bank.npy.lock").mkdir()  # as on a drive that cannot be written
+    data = sacl.load_data(cfg, "train")
+    taken = sacl.take(sacl.make_textures(data, cfg, 0), torch.arange(9), torch.device("cpu"))
+    assert taken.shape == (9, 3, 16, 16) and taken.dtype == torch.uint8
+    with pytest.raises(sacl.UsageError, match="bank.npy"):
+        sacl.make_textures(data._replace(pixels=data.pixels[:9], names=data.names[:9]), cfg, 0)
