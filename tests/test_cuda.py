@@ -107,8 +107,13 @@ def rehearse(monkeypatch, tmp_path):
                 patch.setattr(torch.cuda, "is_available", lambda: True)
                 patch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
                 patch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
-            with pytest.raises(WAITS) as wait:
-                sacl.run_epochs(cfg, lambda cfg: model, data, None, None, device, 0.0)
+            try:
+                with pytest.raises(WAITS) as wait:
+                    sacl.run_epochs(cfg, lambda cfg: model, data, None, None, device, 0.0)
+            except RuntimeError as error:
+                if "CUDA driver" in str(error):  # torch 2.6
+                    pytest.skip("FakeTensorMode of this torch needs a real GPU")
+                raise
         return len(done), wait.value
 
     monkeypatch.setitem(sacl.SEResNet.BLOCKS, "resnet18", (sacl.BasicBlock, (0, 1, 0, 0)))
