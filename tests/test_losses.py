@@ -4,15 +4,14 @@ python -m tests.test_losses      writes the losses of this machine to losses.jso
 """
 
 import json
-import multiprocessing
 import os
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.run
 from torchvision.transforms.functional import to_pil_image
 
 import sacl
@@ -53,28 +52,12 @@ def losses(where: Path, processes: int = 1, **given) -> list[float]:
         sacl.train(sacl.Config(**settings))
     else:
         words = [w for k, v in settings.items() for w in ("--" + k.replace("_", "-"), str(v))]
-        torchrun(processes, [sacl.__file__, *words])
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        torchrun += [f"--nproc-per-node={processes}", sacl.__file__, *words]
+        subprocess.run(torchrun, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, timeout=300)
     torch.set_num_threads(threads)
     lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
     return [line["loss"] for line in lines if "loss" in line]
-
-
-def torchrun(processes: int, words: list[str]) -> None:
-    """What `torchrun --nproc-per-node=N words` does: its launcher, and N processes of the script.
-
-    Forks where that is safe, which spares each of them the import of torch.
-    """
-    how = "fork" if sys.platform == "linux" and not torch.cuda.is_available() else "spawn"
-    line = [f"--nproc-per-node={processes}", f"--master-port={29500 + os.getpid() % 1000}"]
-    line += [f"--start-method={how}", "--run-path", *words]
-    context = multiprocessing.get_context(how)
-    launcher = context.Process(target=torch.distributed.run.main, args=(line,))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        launcher.start()
-        launcher.join(300)
-    launcher.terminate()  # does nothing where it has ended
-    assert launcher.exitcode == 0
 
 
 @pytest.mark.parametrize("name", [*RUNS, "two processes"])
