@@ -56,9 +56,8 @@ def list_images(root: Path, split: str) -> Listing | None:
     """The "train" or "test" images of a dataset's folder; None where it has no test images.
 
     A folder train, and test or val beside it, are the splits, in upper or lower case and at any
-    depth. Without them all images are for training; names that only resemble them are
-    refused. The folders that divide a split's images are its classes; one that holds all of
-    them is no class.
+    depth. Without them all images are for training; names that only resemble them are refused. The
+    folders that divide a split's images are its classes; one that holds all of them is no class.
     """
     root = Path(root)
     if split not in ("train", "test"):

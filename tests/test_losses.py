@@ -49,12 +49,15 @@ def losses(where: Path, processes: int = 1, **given) -> list[float]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     if processes == 1:
-        sacl.train(sacl.Config(**settings))
+        with pytest.MonkeyPatch.context() as patch:  # a GPU draws other views from the same seed
+            patch.setattr(sacl, "choose_device", lambda: torch.device("cpu"))
+            sacl.train(sacl.Config(**settings))
     else:
         words = [w for k, v in settings.items() for w in ("--" + k.replace("_", "-"), str(v))]
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         torchrun += [f"--nproc-per-node={processes}", sacl.__file__, *words]
-        subprocess.run(torchrun, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, timeout=300)
+        cpu = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        subprocess.run(torchrun, env=os.environ | cpu, check=True, timeout=300)
     torch.set_num_threads(threads)
     lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
     return [line["loss"] for line in lines if "loss" in line]
@@ -62,10 +65,11 @@ def losses(where: Path, processes: int = 1, **given) -> list[float]:
 
 @pytest.mark.parametrize("name", [*RUNS, "two processes"])
 def test_losses_are_those_of_the_committed_run(name, tmp_path):
-    """Five steps; losses.json has twenty. Rounding differs between machines: 0.2 % is allowed."""
+    """Eight steps; losses.json has twenty. Rounding differs between machines: 0.2 % is allowed."""
+    steps = 5 if name == "post" else 8  # with the gate after the sum, rounding grows
     given = dict(processes=2, texture="negative") if name == "two processes" else RUNS[name]
-    then = json.loads((HERE / "losses.json").read_text())[name][:5]
-    assert losses(tmp_path, **given, max_steps=5) == pytest.approx(then, rel=2e-3)
+    then = json.loads((HERE / "losses.json").read_text())[name][:steps]
+    assert losses(tmp_path, **given, max_steps=steps) == pytest.approx(then, rel=2e-3)
 
 
 if __name__ == "__main__":

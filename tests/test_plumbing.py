@@ -591,6 +591,13 @@ def test_a_download_tries_the_mirror_then_the_original_and_says_what_failed(tmp_
     assert tried == sacl.ARCHIVES["cifar100"] and len(tried) == 2
 
 
+def test_a_data_dir_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")  # as a folder that is read-only
+    words = ("--dataset", "cifar100", "--data-dir", tmp_path / "file")
+    sentence = refused(*words, "--output-dir", tmp_path / "a")
+    assert "has no CIFAR100" in sentence and "name another --data-dir" in sentence
+
+
 @pytest.mark.parametrize("name", ["train", "Train"])
 def test_a_folder_under_data_dir_goes_before_a_download(name, folder, tmp_path):
     root = shutil.copytree(folder, tmp_path / "cifar100")
