@@ -31,11 +31,10 @@ part machine nvidia-smi
 part tests python -m pytest -q
 
 # 2. Time of a step: eager, compiled, with the fused tail, with CUDA graphs.
-#    A step of sacl.py's default on this card (bf16+compile) should lead; where fused or graphs is
-#    clearly faster (x below 0.95 of that row's x), add them to sacl.py.
+#    A step of sacl.py's default on one new GPU (bf16+graphs) should lead.
 part step python bench/step.py --dataset cifar100 --whole --json "$OUT/step.json"
 part step-512 python bench/step.py --dataset cifar100 --whole --batch-size 512 \
-  --json "$OUT/step-512.json" --rows bf16,bf16+compile,bf16+compile+fused
+  --json "$OUT/step-512.json" --rows bf16,bf16+graphs,bf16+graphs+fused
 part textures python bench/texture.py --data-dir "$DATA" --json "$OUT/texture.json"
 
 # 3. The paper's run (Section 3.2) and its linear evaluation; then what the encoder goes by.

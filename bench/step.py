@@ -2,7 +2,7 @@
 
     python bench/step.py                                                  of `python sacl.py`
     python bench/step.py --dataset cifar100 --batch-size 16 --json out.json
-    python bench/step.py --rows bf16+compile,bf16+compile+fused --whole
+    python bench/step.py --rows bf16+graphs,bf16+graphs+fused --whole
 
 Any settings of sacl.py may follow. A row is a set of options: a precision (fp32, bf16 or fp16),
 nchw (else channels_last), compile, graphs (CUDA graphs), fused (`fused_standard` below).
@@ -37,7 +37,7 @@ from bench.plot import table
 
 ROWS = {
     "cpu": "fp32,fp32+nchw,bf16",
-    "cuda": "bf16,bf16+compile,bf16+compile+fused,bf16+graphs,bf16+nchw,fp16,fp32",
+    "cuda": "bf16,bf16+compile,bf16+graphs,bf16+graphs+fused,bf16+nchw,fp16,fp32",
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OPTIONS = {"nchw", "compile", "graphs", "fused"}
