@@ -7,10 +7,10 @@
 Any settings of sacl.py may follow. A row is a set of options: a precision (fp32, bf16 or fp16),
 nchw (else channels_last), compile, graphs (CUDA graphs), fused (`fused_standard` below).
 
-All rows have the same weights, views and SGD. A row's first loss must be that of fp32+nchw to 1e-5,
-and in fp32 its second, which depends on gradients, SGD and EMA, to 1e-3; in 16 bits the first to
-1e-2. A row that fails this, or cannot run, shows the reason in place of its times. test_sacl.py
-tests that the loss is the paper's.
+All rows have the same weights, views and SGD. A row's losses must be those of fp32+nchw: the first
+to 1e-2 (in fp32 to 1e-5); the second, which depends on gradients, SGD and EMA, to 1e-2 (1e-3); and
+three more, in which CUDA graphs are replayed, to 5e-2. A row that fails this, or cannot run, shows
+the reason in place of its times. test_sacl.py tests that the loss is the paper's.
 
 A step is timed from views to updated weights; with --whole from uint8 images on the device. Rows
 are timed in turn, round by round; x is the median over the rounds of the ratio to the first row's
@@ -19,6 +19,7 @@ time.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -127,19 +128,19 @@ def fused_standard(block: sacl.Block, x: Tensor) -> Tensor:
 
 def check(row: Step) -> str:
     """How far the row's losses are from what they must be; raises where that is too far."""
-    losses, wanted = two_losses(row), two_losses(Step(row.cfg, row.device, {"fp32", "nchw"}))
-    allowed = (1e-5, 1e-3) if row.dtype == torch.float32 else (1e-2,)
+    losses, wanted = first_losses(row), first_losses(Step(row.cfg, row.device, {"fp32", "nchw"}))
+    allowed = (1e-5, 1e-3) if row.dtype == torch.float32 else (1e-2, 1e-2)
     off = [abs(a - b) / max(abs(b), 1) for a, b in zip(losses, wanted, strict=True)]
-    if not all(a <= b for a, b in zip(off, allowed, strict=False)):
+    if not all(a <= b for a, b in itertools.zip_longest(off, allowed, fillvalue=5e-2)):
         raise RuntimeError(f"losses {losses}, not {wanted}")
     return " ".join(f"{x:.0e}" for x in off)
 
 
-def two_losses(row: Step) -> list[float]:
-    """The losses of the first two steps, of float32 rows with exact convolutions."""
+def first_losses(row: Step) -> list[float]:
+    """The losses of the first five steps, of float32 rows with exact convolutions."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = before and row.dtype != torch.float32
-    losses = [row.step().item(), row.step().item()]
+    losses = [row.step().item() for _ in range(5)]
     torch.backends.cudnn.allow_tf32 = before
     return losses
 
@@ -152,8 +153,7 @@ def build(name: str, cfg: sacl.Config, device: torch.device) -> tuple[Step | Non
         row = Step(cfg, device, options)
         facts = {"loss off by": check(row)}
         torch.cuda.reset_peak_memory_stats() if cuda else None
-        for _ in range(3 if cuda else 1):  # CUDA graphs are recorded in the second and third
-            row.step()
+        row.step()
         if cuda:
             facts["peak GB"] = (torch.cuda.max_memory_allocated() - before) / 1e9
         return row, facts
