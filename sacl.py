@@ -913,9 +913,9 @@ def run_epochs(cfg: Config, build, train_set, test_set, bank, device, began) -> 
         x = take(images, index, device)
         xt = None if textures is None else take(textures, index, device)
         views = raw.views(x, xt, index.to(device, non_blocking=True))
+        optimizer.zero_grad()  # here the old gradients free their memory for the forward pass
         with autocast(device, dtype):
             loss = model(*views)
-        optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()

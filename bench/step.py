@@ -83,9 +83,9 @@ class Step:
 
     def step(self, whole: bool = False) -> Tensor:
         views = self.views() if whole else self.fixed_views
+        self.optimizer.zero_grad()
         with sacl.autocast(self.device, self.dtype):
             loss = self.model(*views)
-        self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
