@@ -105,11 +105,11 @@ def evaluate(cfg: ProbeConfig) -> dict:
     logits = head(sacl.embed(encoder, test_set.pixels, run, device)).cpu()
     assert_frozen(encoder, before)
     result = {f"top{k}": accuracy(logits, test_set.labels, k) for k in (1, 5)} | choice
-    steps = int(before["bn1.num_batches_tracked"])  # the encoder's passes in training
+    passes = int(before["bn1.num_batches_tracked"])  # in training: two a step, one for each view
     result |= dict(train_images=len(train_set.labels), test_images=len(test_set.labels))
-    result |= dict(encoder_steps=steps, settings=asdict(cfg))
+    result |= dict(encoder_passes=passes, settings=asdict(cfg))
     result["machine"] = sacl.describe_machine(device, sacl.precision(run, device))
-    path = result_path(out, cfg, steps)
+    path = result_path(out, cfg, passes)
     sacl.write(path, json.dumps(result, indent=1).encode())
     sacl.say(f"top1 {result['top1']}  top5 {result['top5']}  {path}")
     return result
@@ -258,14 +258,14 @@ def assert_frozen(encoder: nn.Module, before: dict[str, Tensor]) -> None:
         raise RuntimeError(f"the probe moved the frozen encoder: {', '.join(moved[:5])}")
 
 
-def result_path(out: Path, cfg: ProbeConfig, steps: int) -> Path:
+def result_path(out: Path, cfg: ProbeConfig, passes: int) -> Path:
     """A file of its own for each evaluation; the same encoder and settings write it again."""
     for number in itertools.count(1):
         end = f"-{number}" if number > 1 else ""
         path = out / f"linear-{cfg.encoder}-{cfg.probe}{end}.json"
         try:
             kept = json.loads(path.read_text())
-            if (kept["settings"], kept["encoder_steps"]) == (asdict(cfg), steps):
+            if (kept["settings"], kept["encoder_passes"]) == (asdict(cfg), passes):
                 return path
         except FileNotFoundError:
             return path

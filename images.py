@@ -82,8 +82,8 @@ def list_images(root: Path, split: str) -> Listing | None:
     return tests[0] if tests else None
 
 
-def scan(root: Path) -> tuple[dict[str, int], dict[str, str]]:
-    """By path below root: the bytes of each image, and the kind of what is skipped.
+def scan(root: Path) -> tuple[dict[tuple, int], dict[tuple, str]]:
+    """By path below root, in parts: the bytes of each image, and the kind of what is skipped.
 
     Links are followed, but not to a folder that they lie in.
     """

@@ -11,6 +11,8 @@ before any run, from each method's sources where they give settings for CIFAR; n
 and nothing is chosen on the test set. So a difference between two rows is one of methods and
 recipes together.
 
+results/earlier/compare.jsonl has lines of an older state of the method; --results names the file.
+
 Each run uses one CPU thread. The same command may be started once for each core; bench/runs.py sees
 to it that no run is done twice and that an interrupted one resumes.
 
@@ -103,13 +105,13 @@ def compare(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     _, first = run_config(args, args.methods[0], 0)
     eval_linear.load_labelled(dataclasses.replace(first, stl10_split="train"))  # or it is refused
-    for seed, name in itertools.product(range(args.seeds), args.methods):
+    for seed, name in itertools.product(args.seeds, args.methods):
         label, config = run_config(args, name, seed)
         torch.compiler.reset()  # else each system counts as one more variant of the same code
         build = functools.partial(build_system, name)
         facts = dict(method=name, own=SYSTEMS[name].own)
         facts["command"] = f"python bench/compare.py --dataset {args.dataset} --scale {args.scale}"
-        facts["command"] += f" --epochs {config.epochs} --methods {name} --seeds {seed + 1}"
+        facts["command"] += f" --epochs {config.epochs} --methods {name} --seeds {seed}"
         runs.run(label, config, args.results, build, **facts)
 
 
@@ -207,7 +209,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=0, help="[the scale's]")
     parser.add_argument("--methods", nargs="+", choices=SYSTEMS, default=list(SYSTEMS),
                         metavar="NAME", help="which of the eleven [all]")  # fmt: skip
-    parser.add_argument("--seeds", type=int, default=1, help="runs of each, from seed 0 on [1]")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="[0]")
     parser.add_argument("--results", type=Path, default=Path("results/compare.jsonl"))
     parser.add_argument("--runs", type=Path, default=Path("runs/compare"), help="their folders")
     parser.add_argument("--table", action="store_true", help="only print the table of --results")

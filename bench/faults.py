@@ -47,6 +47,11 @@ def report(good: int, of: int, what: str) -> None:
 
 
 def main(names: list[str]) -> None:
+    jobs = kills, two_starts, made_once, disk_full, processes, broken_files, many_files, flags
+    if unknown := set(names) - {job.__name__ for job in jobs}:
+        known = ", ".join(job.__name__ for job in jobs)
+        sys.exit(f"faults.py: {min(unknown)} is none of its jobs: {known}")
+    jobs = [job for job in jobs if not names or job.__name__ in names]
     torch.set_num_threads(1)
     random.seed(0)
     draw_images(SMALL["dataset"])
@@ -54,8 +59,7 @@ def main(names: list[str]) -> None:
     finish(run, whole)
     machine = sacl.describe_machine(torch.device("cpu"), torch.float32) | {"cpu": cpu_model()}
     print(machine, f"the run: {end(whole)[0]} steps", sep="\n", flush=True)
-    jobs = kills, two_starts, made_once, disk_full, processes, broken_files, many_files, flags
-    for job in (job for job in jobs if not names or job.__name__ in names):
+    for job in jobs:
         began = time.monotonic()
         job()
         print(f"          ({time.monotonic() - began:.0f} s)", flush=True)

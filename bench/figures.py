@@ -2,10 +2,10 @@
 
     python bench/figures.py views --dataset cifar100         views, textures
     python bench/figures.py curves RUN...                    loss and kNN, by epochs and minutes
-    python bench/figures.py compare --dataset cifar100       SACL among other systems
+    python bench/figures.py compare                          SACL among other systems
 
-A RUN is a run's folder or a log. `compare` is drawn from what bench/compare.py left in
-results/compare.jsonl. Each writes results/figure-<name>.png, or --out.
+A RUN is a run's folder or a log. `compare` is drawn from the lines of bench/compare.py in --file
+whose label begins with --group. Each writes results/figure-<name>.png, or --out.
 """
 
 import argparse
@@ -86,26 +86,35 @@ def curves(args: argparse.Namespace) -> list[dict]:
 
 def compare(args: argparse.Namespace) -> list[dict]:
     """kNN accuracy of SACL and the other systems, by epochs and by what their training costs."""
-    done = [x for x in sacl.read_log(args.file) if x["label"].startswith(f"{args.dataset}-")]
+    done = [x for x in sacl.read_log(args.file) if x["label"].startswith(f"{args.group}/")]
     done = [x for x in done if x.get("knn_curve")]
     done = [x for x in done if x["cpu_seconds"]["train"]]  # an interrupted run has none
-    seconds = {x["method"]: x["cpu_seconds"]["train"] for x in done}
-    if not seconds.get("fast-moco"):
+    names = dict.fromkeys(x["method"] for x in done)
+    systems = {name: [x for x in done if x["method"] == name] for name in names}
+    if "fast-moco" not in systems:
         raise UsageError(
-            f"--file {args.file} has no runs of --dataset {args.dataset} with their seconds: "
-            f"python bench/compare.py --dataset {args.dataset}"
+            f"--file {args.file} has no run of fast-moco in --group {args.group} with its seconds: "
+            "bench/compare.py adds such lines"
         )
-    title = f"kNN accuracy, per cent, {args.dataset}"
+    for name, lines in systems.items():
+        if len({x["label"] for x in lines}) > 1:
+            raise UsageError(f"--file {args.file} has {name} with two settings: take one out")
+    epochs = int(args.group.rpartition("-")[2])
+    title = f"kNN accuracy, per cent, {args.group}"
+    seconds = {
+        name: statistics.mean(x["cpu_seconds"]["train"] for x in lines)
+        for name, lines in systems.items()
+    }
     equal = {"title": title, "x": "epochs", "lines": {}}
     cost = {"title": title, "x": "cost, in epochs of fast-moco", "lines": {}}
-    for name in dict.fromkeys(x["method"] for x in done):
-        curves = [x["knn_curve"] for x in done if x["method"] == name]
-        settings = next(x["settings"] for x in done if x["method"] == name)
-        every = settings.get("knn_every", sacl.Config.knn_every)
+    for name, lines in systems.items():
+        every = lines[0]["settings"].get("knn_every", sacl.Config.knn_every)
+        ends = [*range(every, epochs, every), epochs]
         share = seconds[name] / seconds["fast-moco"]
+        curves = zip(*(x["knn_curve"] for x in lines), strict=True)
         points = [
-            (every * i, statistics.mean(y), statistics.stdev(y) if len(y) > 1 else 0.0)
-            for i, y in enumerate(zip(*curves, strict=True), 1)
+            (end, statistics.mean(y), statistics.stdev(y) if len(y) > 1 else 0.0)
+            for end, y in zip(ends, curves, strict=True)
         ]
         equal["lines"][name] = points
         cost["lines"][name] = [(x * share, y, spread) for x, y, spread in points]
@@ -156,6 +165,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--count", type=int, default=8, help="images in a row [8]")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--file", type=Path, default=Path("results/compare.jsonl"))
+    parser.add_argument("--group", default="cifar100-cpu-10", help="dataset-scale-epochs")
     parser.add_argument("--out", type=Path, help="[results/figure-<name>.png]")
     args = parser.parse_args(argv)
     sacl.command("figures.py", lambda: draw(args))

@@ -22,6 +22,7 @@ part() { # NAME COMMAND...: its output goes to OUT/NAME.log, too
     touch "$OUT/$name.done"
   else
     echo "== $name FAILED: read $OUT/$name.log; the same command tries it again"
+    return 1
   fi
 }
 
@@ -31,7 +32,7 @@ part machine nvidia-smi
 part tests python -m pytest -q
 
 # 2. Time of a step: eager, compiled, with the fused tail, with CUDA graphs.
-#    A step of sacl.py's default on one new GPU (bf16+graphs) should lead.
+#    sacl.py's default on one new GPU is bf16+graphs.
 part step python bench/step.py --dataset cifar100 --whole --json "$OUT/step.json"
 part step-512 python bench/step.py --dataset cifar100 --whole --batch-size 512 \
   --json "$OUT/step-512.json" --rows bf16,bf16+graphs,bf16+graphs+fused
@@ -40,7 +41,7 @@ part textures python bench/texture.py --data-dir "$DATA" --json "$OUT/texture.js
 # 3. The paper's run (Section 3.2) and its linear evaluation; then what the encoder goes by.
 RUN="$OUT/cifar100"
 part train python sacl.py --dataset cifar100 --data-dir "$DATA" --output-dir "$RUN" \
-  --epochs "$EPOCHS"
+  --epochs "$EPOCHS" || exit 1
 part linear python eval_linear.py "$RUN"
 part linear-target python eval_linear.py "$RUN" --encoder target
 part shifts python bench/shifts.py "$RUN"

@@ -1,6 +1,6 @@
 """What texture.py costs and what its textures are, on CIFAR-100.
 
-    OMP_NUM_THREADS=1 python bench/texture.py --data-dir data --json results/texture-cifar100.json
+    OMP_NUM_THREADS=1 python bench/texture.py --data-dir data --json texture.json
 
 speed    processor seconds of images of 32 px, and of larger ones, which the bank is for; where
          there is a GPU, its milliseconds too

@@ -108,8 +108,9 @@ def test_the_committed_tables_are_those_of_the_committed_lines():
 
 def test_the_committed_comparison_is_that_of_the_committed_lines(capsys, monkeypatch):
     monkeypatch.chdir(RESULTS.parent)
-    compare.main(["--table"])
-    assert (RESULTS / "compare.md").read_text().endswith("\n\n" + capsys.readouterr().out)
+    compare.main(["--table", "--results", "results/earlier/compare.jsonl"])
+    committed = (RESULTS / "earlier" / "compare.md").read_text()
+    assert committed.endswith("\n\n" + capsys.readouterr().out)
 
 
 def test_the_plain_start_changes_nothing_but_the_scales(monkeypatch):
@@ -399,13 +400,16 @@ def test_every_figure_is_drawn(folder, finished, tmp_path):
     few = ["--dataset", str(folder), "--count", "2"]
     figures.main(["views", *few, "--out", str(tmp_path / "views.png")])
     figures.main(["curves", str(finished), "--out", str(tmp_path / "curves.png")])
-    figures.main(["compare", "--dataset", "cifar100", "--out", str(tmp_path / "compare.png")])
-    lines = sacl.read_log(RESULTS / "compare.jsonl")[:4]
-    del lines[0]["settings"]["knn_every"]  # as where it is the default
+    lines, file = RESULTS / "earlier" / "compare.jsonl", tmp_path / "lines.jsonl"
+    figures.main(["compare", "--file", str(lines), "--out", str(tmp_path / "compare.png")])
+    lines = sacl.read_log(lines)[:4]
     lines.append(lines[1] | {"cpu_seconds": {"train": None}})  # as where it was interrupted
-    (tmp_path / "lines.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    file = ["--file", str(tmp_path / "lines.jsonl"), "--out", str(tmp_path / "few.png")]
-    figures.main(["compare", "--dataset", "cifar100", *file])
+    other = lines[1] | {"label": "cifar100-cpu-4/fast-moco-000000", "knn_curve": [1.0]}
+    file.write_text("\n".join(map(json.dumps, [*lines, other])))
+    drawn = ["compare", "--file", str(file), "--out", str(tmp_path / "few.png")]
+    figures.main(drawn)
+    file.write_text("\n".join(map(json.dumps, [*lines, lines[1] | {"label": "cifar100-cpu-10/x"}])))
+    assert "two settings" in refused(*drawn, program=figures)
     for path in tmp_path.glob("*.png"):
         assert len(colours_of(path)) > 10, path
     assert len(list(tmp_path.glob("*.png"))) == 4
