@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import json
 from pathlib import Path
 
@@ -19,11 +20,15 @@ SMALL = dict(
 )  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="session", autouse=True)
 def same_sums():
     """Sums round alike in every run; small tensors are slower on two threads."""
     torch.set_num_threads(1)
     torch.backends.cudnn.deterministic = True
+
+
+@pytest.fixture(autouse=True)
+def same_draws():
     torch.manual_seed(0)
 
 
@@ -53,7 +58,6 @@ def short_encoder():
 def finished(folder, tmp_path_factory):
     """The folder of a finished run of three steps; tests that change it copy it."""
     out = tmp_path_factory.mktemp("finished") / "run"
-    torch.set_num_threads(1)
     sacl.train(tiny(folder, output_dir=out, epochs=1, knn_every=1))
     return out
 
@@ -67,6 +71,18 @@ def flags(dataset="shapes", **given) -> list[str]:
     """The command line that makes the settings of `tiny`."""
     words = {"dataset": dataset, **SMALL, **given}.items()
     return [w for k, v in words for w in ("--" + k.replace("_", "-"), str(v))]
+
+
+def failing(fault, after, real=None):
+    """`real`, which fails from call number `after` on."""
+    calls = itertools.count(1)
+
+    def call(*args, **kwargs):
+        if next(calls) >= after:
+            raise fault
+        return real(*args, **kwargs)
+
+    return call
 
 
 def log_of(run: Path) -> list[float]:

@@ -42,7 +42,7 @@ class ProbeConfig:
     output_dir: str = ""  # where linear-*.json goes; "": the run's folder
     encoder: Literal["online", "target"] = "online"  # ours: which of the run's two networks
     probe: Literal["lars", "lbfgs"] = "lars"  # lbfgs: logistic regression on plain images, a check
-    epochs: int = 0  # 0, paper: 200, for ImageNet-100 100
+    epochs: int = 0  # 0, paper: 200, but 100 for imagenet100
     batch_size: int = 128  # paper
     lr: float = 0.9  # paper; ours: cosine to 0
     lr_sweep: bool = False  # ours: choose among LRS on a tenth of the training set
@@ -56,7 +56,7 @@ class ProbeConfig:
         for name, value in sacl.typed(ProbeConfig, vars(self)).items():
             object.__setattr__(self, name, value)
         limits = dict(epochs=(0, 10**6), lr=(1e-12, 1e9), sgd_momentum=(0, 0.9999))
-        limits |= dict(batch_size=(1, 10**9), weight_decay=(0, 1e6), trust=(1e-12, 1e6))
+        limits |= dict(batch_size=(2, 10**9), weight_decay=(0, 1e6), trust=(1e-12, 1e6))
         sacl.check_limits(self, limits | dict(crop_min=(1e-6, 1), seed=(0, 2**31 - 1)))
 
 
@@ -97,7 +97,7 @@ def evaluate(cfg: ProbeConfig) -> dict:
         train_set = train_set._replace(pixels=train_set.pixels.to(device))
     encoder.to(device, memory_format=torch.channels_last)
     before = copy.deepcopy(encoder.state_dict())
-    epochs = cfg.epochs or (100 if Path(run.dataset).name == "imagenet100" else 200)
+    epochs = cfg.epochs or (100 if run.dataset == "imagenet100" else 200)
     cfg = replace(cfg, epochs=epochs, dataset=run.dataset)
 
     probe = probe_lars if cfg.probe == "lars" else probe_lbfgs
@@ -121,7 +121,7 @@ def load_encoder(cfg: ProbeConfig) -> tuple[SEResNet, Config]:
     name = {"online": "knn", "target": "knn_target"}[cfg.encoder]
     path, settings = folder / sacl.BACKBONES[name], folder / "config.json"
     if not path.is_file() or not settings.is_file():
-        raise UsageError(f"{folder} is not a run's folder: it has no {path.name} or config.json")
+        raise UsageError(f"{folder} has no {path.name} or no config.json: name a run's folder")
     try:
         run = Config(**json.loads(settings.read_text()))
     except (ValueError, TypeError) as error:  # UsageError is a ValueError

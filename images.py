@@ -199,9 +199,6 @@ def square(path: Path, side: int) -> Tensor:
         rgb = stretch(image) if image.mode[0] in "IF" else image
         rgb.load()  # the size may be known only then
         short = min(rgb.size)
-        if max(rgb.size) > 5 * short:  # the ends of a thin picture would only take memory
-            x, y = (max(0, n - 4 * short) // 2 for n in rgb.size)
-            rgb = rgb.crop((x, y, rgb.width - x, rgb.height - y))
         if rgb.has_transparency_data:
             rgb = rgb.convert("RGBA")
             rgb = Image.alpha_composite(Image.new("RGBA", rgb.size, "white"), rgb)

@@ -2,7 +2,7 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.6", "torchvision>=0.21", "numpy>=1.26", "pillow>=10.1"]
 # ///
-"""SACL: semantic contrastive learning based on attention, in one file.
+"""SACL: semantic contrastive learning based on attention, in one script.
 
 J. Chen, Q. Lü, B. Xie, J. Sun: "Semantic Contrastive Learning Algorithm Based on Attention
 Mechanism", J. Shanxi Univ. (Nat. Sci.) 47(1):81-92, 2024, doi:10.13451/j.sxu.ns.2023142.
@@ -15,14 +15,14 @@ To be read beside the paper's Section 2, or beside PAPER.md, which retells it in
             h -> combine    -> e       mean of every i of G cells     (M, N, C)         Eq. (2)
             e -> project, predict -> q1   two MLPs                    (M, N, D)         Sec. 3.2
     target  x2 -> encode, project -> k2   EMA weights, whole view     (N, D)            Sec. 2, 2.4
-            xt -> encode, project -> kt   negative; ours: one a query (N, D)            Sec. 0
+            xt -> encode, project -> kt   negative; ours: 1 per query (N, D)            Sec. 0
     loss    mean of InfoNCE(q1; k2, kt) and InfoNCE(q2; k1, kt)                         Eq. (8)-(10)
     target <- m target + (1 - m) online                                                 Eq. (6), (7)
 
-    N images, G = grid^2 cells, M = C(G, i) combinations, C encoder width, D embedding width,
+    N images, G = grid^2 cells, M = G choose i combinations, C encoder width, D embedding width,
     K = N x GPUs keys.
 
-Script    python sacl.py                          an embedded demo, minutes on a CPU
+Script    python sacl.py                          a demo on drawn images, minutes on a CPU
           python sacl.py --dataset cifar100       the paper's settings (Section 3.2)
 2 GPUs    torchrun --standalone --nproc_per_node=2 sacl.py --dataset cifar100
 Notebook  paste this file into a cell, then train(Config(dataset="cifar100", texture="none"))
@@ -34,7 +34,6 @@ import argparse
 import contextlib
 import copy
 import datetime
-import functools
 import importlib.util
 import inspect
 import io
@@ -80,7 +79,7 @@ class Config:
     data_dir: str = "data"  # searched for <name>/{train,test|val}/<class>/, then downloaded to
     decoded_dir: str = "runs/decoded"  # where more than 4 GiB of images are decoded to, once
     output_dir: str = ""  # "": runs/<dataset>, and -seed<seed> unless it is 0
-    image_size: int = 32  # side of a view in pixels
+    image_size: int = 32  # side of a view in pixels; an image folder's is 224
     stl10_split: Literal["train+unlabeled", "train", "unlabeled"] = "train+unlabeled"  # ours
     # encoder (Sec. 2.3)
     arch: Literal["resnet50", "resnet18"] = "resnet50"
@@ -98,7 +97,7 @@ class Config:
     m: float = 0.99  # momentum of the target; best of Table 6; Sec. 2.4 says 0.999
     m_schedule: Literal["constant", "cosine"] = "constant"  # cosine: from m to 1
     texture: Literal["negative", "positive", "none"] = "negative"  # Sec. 0 | Sec. 2.5 | Algorithm 1
-    texture_alpha: float = 1.0  # ours: weight of the texture's similarity
+    texture_alpha: float = 1.0  # ours: weight of the texture's similarity; 0 is not "none"
     texture_negatives: Literal["own", "batch"] = "own"  # ours: each image's own texture, or all
     texture_seeds: int = 0  # ours: side of the lattice textures grow from; 0: by size, 3 at 32 px
     texture_bank: str = ""  # file of textures, for images over 96 px (CPU: 64); made on first use
@@ -109,14 +108,14 @@ class Config:
     # optimisation (Sec. 3.2, 3.5)
     epochs: int = 200
     batch_size: int = 128  # over all GPUs
-    lr: float = 0.1  # cosine; ours: to 0, and in proportion to the batch, 0.1 at 128
+    lr: float = 0.1  # at a batch of 128, cosine; ours: to 0, and in proportion to the batch
     sgd_momentum: float = 0.9  # ours: the paper's "momentum 0.99" must be m
     weight_decay: float = 1e-4
     warmup_epochs: int = 0  # ours
     seed: int = 0
     # run
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # bf16 or fp16 on a GPU, off on a CPU
-    compile: Literal["auto", "on", "off"] = "auto"  # auto: long runs on one GPU, 8.0 or newer
+    compile: Literal["auto", "on", "off"] = "auto"  # auto: long runs in bf16 on one GPU
     knn_every: int = 10  # epochs between kNN monitors; 0: never
     print_every: int = 50  # steps between log lines
     max_steps: int = 0  # stop, resumable, after this many steps; 0: no limit
@@ -131,7 +130,7 @@ class Config:
         if values["stem"] == "auto":
             values["stem"] = "cifar" if values["image_size"] <= 64 else "imagenet"
         if not values["output_dir"]:
-            name = Path(dataset).resolve().name or "images"
+            name = os.path.basename(os.path.abspath(dataset)) or "images"
             values["output_dir"] = f"runs/{name}" + f"-seed{values['seed']}" * (values["seed"] != 0)
         for name, value in values.items():
             object.__setattr__(self, name, value)
@@ -152,7 +151,7 @@ FREE = {"dataset", "data_dir", "decoded_dir", "output_dir", "texture_bank", "amp
 
 
 def typed(kind: type, given: dict) -> dict:
-    """`given` as `kind` has its fields: numpy numbers and paths become Python's; else refused."""
+    """`given` in the types of `kind`'s fields; numpy's numbers and paths become Python's."""
     types = {field.name: field.type for field in fields(kind)}
     result = {}
     for name, value in given.items():
@@ -235,8 +234,8 @@ class SACL(nn.Module):
         cells = split(x, self.cfg.grid)  # (G, N, 3, h, w)
         h = self.encoder(cells.flatten(0, 1)).unflatten(0, cells.shape[:2])  # (G, N, C)  Eq. (1)
         e = combine(h, self.cfg.combine)  # (M, N, C)  Eq. (2)
-        q = self.predictor(self.projector(e.flatten(0, 1)))  # (M N, D)
-        return q.unflatten(0, e.shape[:2])  # (M, N, D)
+        z = self.projector(e.flatten(0, 1))  # (M N, D)  z = g(y) of Sec. 2, e being its y
+        return self.predictor(z).unflatten(0, e.shape[:2])  # (M, N, D)
 
     @torch.no_grad()
     def keys(self, x: Tensor) -> Tensor:
@@ -287,7 +286,7 @@ def split(x: Tensor, grid: int) -> Tensor:
 def combine(h: Tensor, pick: int) -> Tensor:
     """Eq. (2): the mean of every `pick` of the G cells' features, (G, N, C) -> (M, N, C).
 
-    M = C(G, pick), in the order of itertools.combinations. The cells are averaged as they are:
+    M = G choose pick, in the order of itertools.combinations. The cells are averaged as they are:
     neither concatenated nor normalised.
     """
     means = [torch.stack(cells).mean(0) for cells in itertools.combinations(h, pick)]  # (N, C) each
@@ -324,41 +323,10 @@ def unit(z: Tensor) -> Tensor:
     return F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=-1)
 
 
-def gather(k: Tensor) -> Tensor:
-    """The keys of all GPUs, (N, D) -> (K, D), in the order of the ranks; without gradient."""
-    if world_size() == 1:
-        return k
-    parts = [torch.empty_like(k) for _ in range(world_size())]
-    dist.all_gather(parts, k.contiguous())
-    return torch.cat(parts)  # (K, D)
-
-
-def rank() -> int:
-    """The number of this process: 0 without torchrun."""
-    return dist.get_rank() if world_size() > 1 else 0
-
-
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
 def keep_statistics(net: nn.Module, x: Tensor) -> Tensor:
     """net(x), normalised by the batch, but BatchNorm's running statistics stay as they are."""
     copies = {name: b.clone() for name, b in net.named_buffers()}  # these are updated instead
     return torch.func.functional_call(net, copies, (x,))
-
-
-@torch.no_grad()
-def similarities(q: Tensor, k: Tensor, kt: Tensor | None) -> dict[str, Tensor]:
-    """For the log: mean cosine of the queries with their positives and textures; spread of keys.
-
-    The spread is sqrt(D) times the standard deviation of unit-length keys: 1 healthy, 0 collapsed.
-    """
-    result = {"spread": unit(k).std(0).mean() * k.shape[1] ** 0.5}
-    for name, key in {"positive": k, "texture": kt}.items():
-        if key is not None:
-            result[name] = (unit(q) * unit(key)).sum(-1).mean()
-    return result
 
 
 # ------------------------------------------------------------ 3. The networks (Section 2.3, 3.2)
@@ -483,11 +451,11 @@ def mlp(widths: list[int], last_bn: bool) -> nn.Sequential:
     last_bn: the projector's output has BN and no ReLU; the predictor's has neither.
     """
     layers: list[nn.Module] = []
-    for i, (a, b) in enumerate(itertools.pairwise(widths), start=2):
-        last = i == len(widths)
-        bn = last_bn or not last
-        layers.append(nn.Linear(a, b, bias=not bn))  # a bias before BN would do nothing
-        layers += [nn.BatchNorm1d(b)] * bn + [nn.ReLU()] * (not last)
+    for a, b in itertools.pairwise(widths[:-1]):
+        layers += [nn.Linear(a, b, bias=False), nn.BatchNorm1d(b), nn.ReLU()]
+    layers.append(nn.Linear(*widths[-2:], bias=not last_bn))  # a bias before BN would do nothing
+    if last_bn:
+        layers.append(nn.BatchNorm1d(widths[-1]))
     return nn.Sequential(*layers)
 
 
@@ -612,7 +580,7 @@ def load_data(cfg: Config, split: str) -> Images | None:
     if cfg.dataset == "shapes":
         count, part = {"train": (5000, 0), "test": (1000, 1)}[split]
         return in_memory(*beside("shapes").draw(count, part, cfg.seed))
-    root = Path(cfg.data_dir, cfg.dataset) if cfg.dataset in DATASETS else Path(cfg.dataset)
+    root = image_folder(cfg)
     unpacked = any(f.name.lower() == "train" and f.is_dir() for f in root.glob("*"))
     if cfg.dataset in ARCHIVES and not unpacked:
         return read_archive(cfg, split)
@@ -632,6 +600,10 @@ def load_data(cfg: Config, split: str) -> Images | None:
     except ValueError as error:
         raise UsageError(f"--dataset {cfg.dataset}: {error}") from None
     return Images(pixels, found.labels, found.classes, found.names)
+
+
+def image_folder(cfg: Config) -> Path:
+    return Path(cfg.data_dir, cfg.dataset) if cfg.dataset in DATASETS else Path(cfg.dataset)
 
 
 def in_memory(pixels: Tensor, labels: Tensor, classes: list[str]) -> Images:
@@ -654,15 +626,15 @@ def read_archive(cfg: Config, split: str) -> Images:
     part = dict(train=split == "train")
     if name == "stl10":
         part = dict(split=cfg.stl10_split if split == "train" else "test")
-    if found := find_archive(root, kind):
-        try:
-            data = type(name, (kind,), dict(base_folder=found.name))(str(found.parent), **part)
-        except RuntimeError:  # a file is missing, or has another md5
-            advice = "unpack it again, or remove that folder, or name another --data-dir"
-            fault = f"--dataset {name}: {found} is not a whole copy of it"
-            raise UsageError(f"{fault}; {advice}") from None
-    else:
-        with claim(root / f"{name}.lock", wait=True):
+    with claim(root / f"{name}.lock", wait=True):  # another process may be unpacking it
+        if found := find_archive(root, kind):
+            try:
+                data = type(name, (kind,), dict(base_folder=found.name))(str(found.parent), **part)
+            except RuntimeError:  # a file is missing, or has another md5
+                advice = "unpack it again, or remove that folder, or name another --data-dir"
+                fault = f"--dataset {name}: {found} is not a whole copy of it"
+                raise UsageError(f"{fault}; {advice}") from None
+        else:
             data = download(kind, ARCHIVES[name], root, part)
     pixels = torch.as_tensor(data.data)  # CIFAR: (L, 32, 32, 3)
     pixels = pixels if name == "stl10" else pixels.permute(0, 3, 1, 2).contiguous()
@@ -728,25 +700,30 @@ def make_textures(data: Images, cfg: Config, epoch: int) -> Tensor | np.ndarray 
     """
     if cfg.texture == "none":
         return None
+    require_bank(cfg, data.pixels.shape[-1], mapped=isinstance(data.pixels, np.ndarray))
     texture, options = beside("texture"), dict(seeds=cfg.texture_seeds or None)
-    cuda, side = torch.cuda.is_available(), data.pixels.shape[-1]
     try:
         if cfg.texture_bank:
             names = zlib.crc32("\n".join(data.names).encode())
-            options |= dict(seed=cfg.seed, device="cuda" if cuda else "cpu", log=say)
-            options["images_id"] = f"{names:08x}"
+            options |= dict(seed=cfg.seed, images_id=f"{names:08x}", log=say)
+            options["device"] = "cuda" if torch.cuda.is_available() else "cpu"
             with claim(Path(f"{cfg.texture_bank}.lock"), wait=True):
                 return texture.bank(data.pixels, cfg.texture_bank, **options)
-        if isinstance(data.pixels, np.ndarray) or side > (96 if cuda else 64):
-            advice = "give --texture-bank FILE, where the run keeps their textures"
-            large = f"{len(data.pixels)} images of {side} px are too large to do this in memory"
-            raise ValueError(f"{large}: {advice}")
         say(f"making {len(data.pixels)} textures for the epochs from {epoch + 1} on")
         generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + epoch // TEXTURE_EPOCHS)
         return texture.texture_views(data.pixels, generator=generator, **options)
     except ValueError as error:
         way_out = "" if cfg.texture_bank else "; or choose --texture none"
         raise UsageError(f"--texture {cfg.texture}: {error}{way_out}") from None
+
+
+def require_bank(cfg: Config, side: int, mapped: bool = False) -> None:
+    """Textures of large images would take hours again and again; of very many, all the memory."""
+    most = 96 if torch.cuda.is_available() else 64
+    if cfg.texture != "none" and not cfg.texture_bank and (mapped or side > most):
+        large = f"images of {side} px" if side > most else "so many images"
+        advice = "give --texture-bank FILE, where the run keeps them, or choose --texture none"
+        raise UsageError(f"--texture {cfg.texture}: textures of {large} need a file: {advice}")
 
 
 def beside(name: str):
@@ -759,7 +736,20 @@ def beside(name: str):
     return importlib.import_module(name)
 
 
-# ------------------------------------------------------------ 6. The kNN monitor
+# ------------------------------------------------------------ 6. Monitors
+@torch.no_grad()
+def similarities(q: Tensor, k: Tensor, kt: Tensor | None) -> dict[str, Tensor]:
+    """For the log: mean cosine of the queries with their positives and textures; spread of keys.
+
+    The spread is sqrt(D) times the standard deviation of unit-length keys: 1 healthy, 0 collapsed.
+    """
+    result = {"spread": unit(k).std(0).mean() * k.shape[1] ** 0.5}
+    for name, key in {"positive": k, "texture": kt}.items():
+        if key is not None:
+            result[name] = (unit(q) * unit(key)).sum(-1).mean()
+    return result
+
+
 @torch.no_grad()
 def embed(encoder, pixels: Tensor | np.ndarray, cfg: Config, device, rows=None) -> Tensor:
     """Features of plain images, (L, C), all or these rows; the encoder's mode is restored."""
@@ -824,25 +814,22 @@ def train(cfg: Config | None = None, build: Callable[[Config], nn.Module] = SACL
     cfg, began = cfg or Config(), time.perf_counter()
     require_writable(Path(cfg.output_dir))
     device = choose_device()
+    if image_folder(cfg).is_dir():
+        require_bank(cfg, stored_side(cfg.image_size))  # else refused after all is decoded
     join_group(device)
-    # a machine's first process downloads, decodes and makes a bank; the others find all that
-    if world_size() > 1 and local_rank() > 0:
-        dist.barrier()
-    train_set, test_set = load_data(cfg, "train"), load_data(cfg, "test")
-    bank = make_textures(train_set, cfg, 0) if cfg.texture_bank else None
-    if world_size() > 1 and local_rank() == 0:
-        dist.barrier()
+    with first_of_machine():
+        train_set, test_set = load_data(cfg, "train"), load_data(cfg, "test")
     if not monitored(cfg, train_set, test_set) or rank() > 0:
         test_set = None
     with claim(Path(cfg.output_dir, "lock")) if rank() == 0 else contextlib.nullcontext():
-        model = run_epochs(cfg, build, train_set, test_set, bank, device, began)
+        model = run_epochs(cfg, build, train_set, test_set, device, began)
     if world_size() > 1:  # not after an error: NCCL would wait for the others, and they for this
         dist.barrier()  # gloo of torch 2.6 hangs where its last sum is just being freed
         dist.destroy_process_group()
     return model
 
 
-def run_epochs(cfg: Config, build, train_set, test_set, bank, device, began) -> nn.Module:
+def run_epochs(cfg: Config, build, train_set, test_set, device, began) -> nn.Module:
     """The loop of Algorithm 1, from the checkpoint in cfg.output_dir or from the start."""
     out, steps, world = Path(cfg.output_dir), steps_in_epoch(cfg, train_set), world_size()
     total, warmup = cfg.epochs * steps, cfg.warmup_epochs * steps
@@ -867,23 +854,23 @@ def run_epochs(cfg: Config, build, train_set, test_set, bank, device, began) -> 
         encoders["knn_target"] = raw.target_encoder
 
     run = out, cfg, train_set.names, parts, encoders
-    saved = resume(*run)
-    save_now = functools.partial(save_run, *run, steps_per_epoch=steps)
-    done, before = saved.get("step", 0), saved.get("steps_per_epoch", steps)
-    start = step = done * steps // before  # in the same epoch
-    if steps != before:
+    fresh = dict(step=0, steps_per_epoch=steps, seconds=0.0, epoch_loss=0.0, log_lines=0)
+    saved = resume(*run) or fresh
+    done, then = saved["step"], saved["steps_per_epoch"]
+    start = step = done * steps // then  # in the same epoch
+    if steps != then:
         say(f"the images have changed: step {done} becomes step {step} of {total}")
-    earlier, epoch_loss = saved.get("seconds", 0.0), saved.get("epoch_loss", 0.0) * steps / before
-    last = min(total, step + cfg.max_steps) if cfg.max_steps else total
-    textures = bank
-    if bank is None and step < last:  # a finished run needs none
-        textures = make_textures(train_set, cfg, step // steps)
+    earlier, epoch_loss = saved["seconds"], saved["epoch_loss"] * steps / then
+    last, textures = min(total, step + cfg.max_steps) if cfg.max_steps else total, None
+    if step < last:  # a finished run needs none
+        with first_of_machine() if cfg.texture_bank else contextlib.nullcontext():
+            textures = make_textures(train_set, cfg, step // steps)
     if rank() == 0:
-        if saved:
+        if saved is fresh:  # a full disk shows before anything is trained
+            save_run(*run, **fresh)
+        else:
             save_backbones(out, encoders)  # a kill may have come between them and the checkpoint
-        else:  # a full disk shows before anything is trained
-            save_now(step=0, seconds=0.0, epoch_loss=0.0, log_lines=0)
-        kept = read_log(out / "log.jsonl")[: saved.get("log_lines") if saved else 0]
+        kept = read_log(out / "log.jsonl")[: saved["log_lines"]]
         facts = dict(machine=describe_machine(device, dtype), images=len(images))
         start_log(out, cfg, step, kept, facts | dict(steps_per_epoch=steps))
         if test_set and step == 0 and last >= steps * min(cfg.knn_every, cfg.epochs):
@@ -900,7 +887,7 @@ def run_epochs(cfg: Config, build, train_set, test_set, bank, device, began) -> 
         epoch, place = divmod(step, steps)
         if place == 0 or step == start:
             order = epoch_order(len(images), cfg, epoch)[:, rank() :: world]
-        if step % (TEXTURE_EPOCHS * steps) == 0 and step > start and bank is None:
+        if step % (TEXTURE_EPOCHS * steps) == 0 and step > start and not cfg.texture_bank:
             textures = None  # the old ones make room first
             textures = make_textures(train_set, cfg, epoch)
         # a step draws from (seed, step, rank) alone: a resumed run needs no saved RNG state
@@ -954,8 +941,9 @@ def run_epochs(cfg: Config, build, train_set, test_set, bank, device, began) -> 
             if step == last or time.perf_counter() - last_save > SAVE_SECONDS:
                 if not all(x.isfinite().all() for x in raw.state_dict().values()):
                     raise diverged(f"weights are not finite at step {step}", out, dtype)
-                progress = dict(step=step, seconds=line["seconds"], epoch_loss=epoch_loss)
-                save_now(**progress, log_lines=len(read_log(out / "log.jsonl")))
+                progress = dict(step=step, steps_per_epoch=steps, seconds=line["seconds"])
+                progress |= dict(epoch_loss=epoch_loss, log_lines=len(read_log(out / "log.jsonl")))
+                save_run(*run, **progress)
                 last_save = time.perf_counter()
         loss_sum, counted, last_log = torch.zeros_like(loss_sum), 0, time.perf_counter()
     if step < total:
@@ -1046,7 +1034,7 @@ def steps_in_epoch(cfg: Config, train_set: Images) -> int:
     """The whole batches of an epoch; refuses a batch that the images or processes do not fill."""
     n, count, world = cfg.batch_size, len(train_set.pixels), world_size()
     if n > count or n % world or n < 2 * world:
-        several = f", and a multiple of {world} processes with 2 images each" * (world > 1)
+        several = f", and a multiple of the {world} processes, 2 images or more each" * (world > 1)
         raise UsageError(f"--batch-size {n}: must be at most all {count} images{several}")
     return count // n
 
@@ -1102,8 +1090,36 @@ def join_group(device: torch.device) -> None:
             say("on CPUs, BatchNorm takes its statistics from each process's own images")
 
 
+def gather(k: Tensor) -> Tensor:
+    """The keys of all GPUs, (N, D) -> (K, D), by rank; on several GPUs without gradient."""
+    if world_size() == 1:
+        return k
+    parts = [torch.empty_like(k) for _ in range(world_size())]
+    dist.all_gather(parts, k.contiguous())
+    return torch.cat(parts)  # (K, D)
+
+
+def rank() -> int:
+    """The number of this process: 0 without torchrun."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0)) if "TORCHELASTIC_RUN_ID" in os.environ else 0
+
+
+@contextlib.contextmanager
+def first_of_machine() -> Iterator[None]:
+    """A machine's first process goes ahead; its others then find the files that it has made."""
+    if world_size() > 1 and local_rank() > 0:
+        dist.barrier()
+    yield
+    if world_size() > 1 and local_rank() == 0:
+        dist.barrier()
 
 
 @contextlib.contextmanager
@@ -1158,7 +1174,10 @@ FORMAT = "sacl 2"  # of a checkpoint
 
 
 def resume(out: Path, cfg: Config, names: list[str], parts: dict, encoders: dict) -> dict:
-    """Restore `parts` from the run's checkpoint, which rank 0 reads; {} where there is none."""
+    """Restore `parts` from the run's checkpoint, which rank 0 reads, and return its other entries.
+
+    {} where there is none.
+    """
     box = [read_checkpoint(out, cfg, names) if rank() == 0 else None]
     if world_size() > 1:
         dist.broadcast_object_list(box)  # on another machine the folder may not be there
@@ -1176,7 +1195,7 @@ def resume(out: Path, cfg: Config, names: list[str], parts: dict, encoders: dict
         if trained is not None and path.exists() and not trained_for(path) <= int(trained):
             found = "is newer than checkpoint.pth, or another's, and would be replaced"
             raise UsageError(f"{path} {found}: move it away, or choose another --output-dir")
-    return saved
+    return {name: value for name, value in saved.items() if name not in parts}
 
 
 def trained_for(path: Path) -> float:
@@ -1314,7 +1333,8 @@ def say(text: str) -> None:
 def parse(kind: type, argv: list[str] | None = None) -> dict:
     """What was given on the command line: a flag a field; fields without default are positional."""
     names = re.compile(r"(?m)^    (\w+)(?=: .* = )")
-    source = names.sub(lambda name: f"    --{name[1].replace('_', '-')}", inspect.getsource(kind))
+    source = inspect.getsource(kind).split("\n    def ")[0]
+    source = names.sub(lambda name: f"    --{name[1].replace('_', '-')}", source)
     about = dict(description=source, formatter_class=argparse.RawDescriptionHelpFormatter)
     about |= dict(usage="%(prog)s [--name value ...]", argument_default=argparse.SUPPRESS)
     program = Path(inspect.getsourcefile(kind)).name
@@ -1335,7 +1355,7 @@ def command(program: str, job: Callable[[], object]) -> None:
     try:
         return job()
     except KeyboardInterrupt:
-        message = "stopped; the same command goes on from the last checkpoint, if there is one"
+        message = "stopped; the same training command goes on from its last checkpoint, if any"
         code = 130
     except (FloatingPointError, UsageError) as error:
         message, code = str(error), 2 if isinstance(error, UsageError) else 1
@@ -1354,10 +1374,8 @@ def command(program: str, job: Callable[[], object]) -> None:
 
 def out_of_memory(error: Exception) -> bool:
     """Python's error, the GPU's, or that of torch's allocator on the CPU."""
-    said = re.search(
-        r"out of memory|not enough memory|ALLOC_FAILED|(can't|[Cc]annot) allocate", str(error)
-    )
-    return isinstance(error, MemoryError) or said is not None
+    words = "out of memory|not enough memory|ALLOC_FAILED|(can't|[Cc]annot) allocate"
+    return isinstance(error, MemoryError) or re.search(words, str(error)) is not None
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -85,7 +85,6 @@ def synthesize(
     seeds: int = 1,
     eps: float = 0.1,
     order: str = "onion",
-    edge: str = "partial",
     generator: Generator | None = None,
     chunk_bytes: int | None = None,
     return_index: bool = False,
@@ -95,13 +94,12 @@ def synthesize(
     sources       uint8, or float in [0, 1]. The textures are gathered from them bit for bit and
                   have their dtype and device. Arithmetic is float32 (float64 for float64).
     out_size      H = W, or (H, W), in pixels.
-    window        side of the neighbourhood, odd, 3..s: the paper's one parameter.
+    window        side of the neighbourhood, odd, 3..s: the paper's one parameter. It may leave the
+                  sample where nothing is known yet (Aguerrebere et al., IPOL 2013).
     seeds         k: start from k x k blocks of the sources, equally many of each patch. Paper: 1.
     eps           a window within (1 + eps) of the best is a candidate; one is drawn uniformly.
     order         how ties of equally many filled neighbours break: "onion" (for few levels) or
                   "random" (the paper; one fixed permutation, see `fill_schedule`).
-    edge          "partial": windows may leave the sample where nothing is known (Aguerrebere et
-                  al., IPOL 2013). "full": only windows wholly inside the sample are candidates.
     generator     of the CPU, draws everything; None is torch's own. Chunks change no draw.
     chunk_bytes   working memory to stay within, though never less than one image's.
     return_index  also return (B, H, W) int64, the source position n s^2 + y s + x of each pixel.
@@ -114,11 +112,9 @@ def synthesize(
     require(pair, f"out_size={out_size!r} must be an integer or (H, W)")
     height, width = size
     require(is_int(window) and window <= s, f"window={window!r} must fit in sources of side {s}")
-    require(edge in ("partial", "full"), f"edge={edge!r} must be 'partial' or 'full'")
     require(0 <= eps < math.inf, f"eps={eps!r} must be finite and not negative")
     require(chunk_bytes is None or chunk_bytes > 0, f"chunk_bytes={chunk_bytes!r} must be positive")
-    margin = window // 2 if edge == "full" else 0  # of the sample, where no candidate is centred
-    candidates = n * (s - 2 * margin) ** 2
+    candidates = n * s**2
     tickets = candidates + height * width
     require(tickets < 2**24, "sources and out_size exceed 2^24 pixels: float32 cannot count them")
     schedule = fill_schedule(height, width, window, seeds, order)
@@ -143,7 +139,7 @@ def synthesize(
             part = slice(i, i + chunk)
             some = sources[part]
             colours = some.to(dtype) if some.is_floating_point() else some.to(dtype) / 255
-            chosen = grow(colours, start[part], number, steps, windows, window, margin, eps)
+            chosen = grow(colours, start[part], number, steps, windows, window, eps)
             flat = some.transpose(1, 2).flatten(2)  # (b, C, n s^2)
             textures[part] = flat.gather(2, chosen[:, None].expand(-1, c, -1))
             if return_index:
@@ -152,7 +148,7 @@ def synthesize(
     return (textures, index.view(b, height, width)) if return_index else textures
 
 
-def grow(sources, start, number, steps, windows, window, margin, eps) -> Tensor:
+def grow(sources, start, number, steps, windows, window, eps) -> Tensor:
     """The algorithm: float sources (B, n, C, s, s) -> source position of every pixel, (B, H W).
 
     `windows` is a scratch buffer of at least (B, K (C+1), S). Static shapes, and nothing waits for
@@ -160,18 +156,16 @@ def grow(sources, start, number, steps, windows, window, margin, eps) -> Tensor:
     """
     b, n, c, s, _ = sources.shape
     sources = sources - sources.mean((1, 3, 4), keepdim=True)  # less to cancel in a^2 - 2 ab + b^2
-    windows = neighbourhoods(sources, window, window // 2 - margin, windows[:b])
+    windows = neighbourhoods(sources, window, windows[:b])
     own_weight = F.pad(gaussian(window, sources)[:, None].expand(-1, c), (0, 1)).flatten()
-    centres = torch.arange(n * s * s, device=sources.device).view(n, s, s)
-    centres = centres[:, margin : s - margin, margin : s - margin].flatten()  # (S,)
     table = sources.permute(0, 1, 3, 4, 2).flatten(1, 3)
     table = F.pad(table, (0, 1), value=1.0)  # (B, n s^2, C+1): a colour, and 1 for "filled"
     # candidate j of pixel p holds ticket number[p + j] and the highest wins: a random ranking of
     # the candidates for each pixel (of all images), at the price of one permutation
-    ranking = (number + 1).to(sources.dtype).unfold(0, len(centres), 1)  # (H W + 1, S), a view
+    ranking = (number + 1).to(sources.dtype).unfold(0, n * s * s, 1)  # (H W + 1, S), a view
     holder = number.argsort()
 
-    pixels = len(number) - len(centres)
+    pixels = len(number) - n * s * s
     chosen = start.new_zeros(b, pixels)
     canvas = sources.new_zeros(b, pixels + 1, c + 1)  # the last pixel stands for all outside
 
@@ -188,25 +182,25 @@ def grow(sources, start, number, steps, windows, window, margin, eps) -> Tensor:
         # clamped: rounding can make a perfect match negative, and (1 + eps) times it lower still
         limit = best + eps * (best + own).clamp_min(0) + TOLERANCE * known_weight
         winner = distance.le_(limit).mul_(ranking.index_select(0, pixels)).amax(2)
-        fill(pixels, centres[holder[winner.long() - 1] - pixels])
+        fill(pixels, holder[winner.long() - 1] - pixels)
     return chosen
 
 
-def neighbourhoods(sources: Tensor, window: int, pad: int, out: Tensor) -> Tensor:
+def neighbourhoods(sources: Tensor, window: int, out: Tensor) -> Tensor:
     """What each candidate offers at its K neighbours, (B, n, C, s, s) -> `out` (B, K (C+1), S).
 
     -2 G colour and G |colour|^2: their product with the known colours and a 1 where known is
     sum G (|colour|^2 - 2 colour . known) over what is known, the masked distance in one product.
     """
     b, n, c, s, _ = sources.shape
-    side = s + 2 * pad - 2 * (window // 2)
+    pad = window // 2
     squares = F.pad(sources.square().sum(2, keepdim=True), (pad,) * 4, value=OUTSIDE)
     offered = torch.cat([F.pad(-2 * sources, (pad,) * 4), squares], 2).transpose(1, 2)
     weight = gaussian(window, sources)
-    windows = out.view(b, len(weight), c + 1, n, side, side)
+    windows = out.view(b, len(weight), c + 1, n, s, s)
     for k, cell in enumerate(i for i in range(window**2) if i != window**2 // 2):
         y, x = divmod(cell, window)
-        torch.mul(offered[..., y : y + side, x : x + side], weight[k], out=windows[:, k])
+        torch.mul(offered[..., y : y + s, x : x + s], weight[k], out=windows[:, k])
     return out
 
 

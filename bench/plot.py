@@ -46,14 +46,10 @@ def forest(panels: dict[str, list[tuple[str, Difference]]], path: str | Path) ->
     for axis, (figure, rows) in zip(axes[:, 0], panels.items(), strict=True):
         for y, (_, d) in enumerate(rows):
             colour = colours.get(d.verdict, ink)
-            face, note = "white", f"n = {len(d.values)}: no interval yet"  # a hollow point
-            if d.half is not None:
-                axis.errorbar(d.mean, y, xerr=d.half, color=colour, capsize=3, lw=2, zorder=2)
-                face, note = colour, d.verdict
             axis.plot(d.values, [y] * len(d.values), "|", color="#999999", ms=7, zorder=1)
-            if d.mean is not None:
-                axis.plot(d.mean, y, "o", color=colour, mfc=face, zorder=3)
-            axis.annotate(note, (1.01, y), xycoords=("axes fraction", "data"), va="center",
+            if d.half is not None:
+                axis.errorbar(d.mean, y, xerr=d.half, fmt="o", color=colour, capsize=3, lw=2)
+            axis.annotate(d.verdict, (1.01, y), xycoords=("axes fraction", "data"), va="center",
                           color=colour, fontsize=9)  # fmt: skip
         axis.axvline(0, color=ink, lw=1.2, zorder=1)
         # 0 in the middle, so that a side means the same in every panel

@@ -64,7 +64,7 @@ def test_a_diverged_run_takes_its_pair_out_but_counts_as_done():
 
 def test_holm_steps_down_and_stops_at_the_first_that_fails():
     assert verdict.holm([0.01, 0.04, 0.03, 0.005]) == [True, False, False, True]
-    assert verdict.holm([0.04, None, 0.02]) == [True, False, True]  # None makes no third of it
+    assert verdict.holm([0.04, None, 0.02]) == [True, False, True]  # None is not counted
     assert verdict.holm([0.06, 0.001]) == [False, True]
 
 

@@ -109,7 +109,7 @@ def rehearse(monkeypatch, tmp_path):
                 patch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
             try:
                 with pytest.raises(WAITS) as wait:
-                    sacl.run_epochs(cfg, lambda cfg: model, data, None, None, device, 0.0)
+                    sacl.run_epochs(cfg, lambda cfg: model, data, None, device, 0.0)
             except RuntimeError as error:
                 if "CUDA driver" in str(error):  # torch 2.6
                     pytest.skip("FakeTensorMode of this torch needs a real GPU")
@@ -161,6 +161,7 @@ def test_long_runs_on_one_new_gpu_are_compiled(gpus, dtype, steps, mode, monkeyp
     given, steps = ("on", 1) if steps == "on" else ("auto", steps)
     with torch._dynamo.config.patch(suppress_errors=False):
         sacl.compile_model(model, tiny(compile=given), dtype, steps)
+        assert torch._dynamo.config.suppress_errors == (mode != "not compiled")
     assert (modes or ["not compiled"]) == [mode]
 
 
@@ -185,6 +186,10 @@ def test_a_gpu_without_code_in_this_torch_is_told_by_name(monkeypatch):
         sacl.choose_device()
     error = torch.OutOfMemoryError("CUDA out of memory")  # other programs fill it
     with pytest.raises(torch.OutOfMemoryError):
+        sacl.choose_device()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(sacl.UsageError, match="more processes than this machine's GPUs .1."):
         sacl.choose_device()
 
 

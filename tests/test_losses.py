@@ -15,6 +15,7 @@ import torch
 from torchvision.transforms.functional import to_pil_image
 
 import sacl
+from conftest import log_of
 
 HERE = Path(__file__).parent
 RUNS = {
@@ -59,8 +60,7 @@ def losses(where: Path, processes: int = 1, **given) -> list[float]:
         cpu = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         subprocess.run(torchrun, env=os.environ | cpu, check=True, timeout=300)
     torch.set_num_threads(threads)
-    lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
-    return [line["loss"] for line in lines if "loss" in line]
+    return log_of(out)
 
 
 @pytest.mark.parametrize("name", [*RUNS, "two processes"])

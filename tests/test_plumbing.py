@@ -1,10 +1,11 @@
 """What real folders, machines and sessions do to a run: nothing lost, nothing misread.
 
-The eight kinds of faults have a section each. Kind 4, images as the person sees them, and most of
-kind 5, which images are used, are in test_images.py.
+The kinds of faults have a section each, but for 4, images as the person sees them, which is in
+test_images.py with most of 5, and 8, names that collide, which is in kinds 1 and 2.
 """
 
 import dataclasses
+import functools
 import hashlib
 import inspect
 import io
@@ -27,12 +28,13 @@ import torch
 import torchvision
 
 import eval_linear
+import images
 import sacl
-from conftest import SMALL, flags, log_of, refused, tiny
+import shapes
+from conftest import SMALL, failing, flags, log_of, refused, tiny
 from eval_linear import ProbeConfig
 from sacl import Config, SEResNet, UsageError
 
-HERE = Path(__file__).parent
 pytestmark = pytest.mark.usefixtures("short_encoder")
 THREE = ("checkpoint.pth", "backbone.pth", "target_backbone.pth")
 
@@ -92,6 +94,7 @@ def test_a_run_leaves_a_checkpoint_of_plain_types_backbones_of_its_step_and_a_lo
     assert {"knn", "knn_target", "pixels"} <= set(untrained) and untrained["pixels"] == 100
     assert [line["step"] for line in steps] == [1, 2, 3]
     assert {"epoch", "loss", "lr", "m", "images_per_s", "spread", "positive"} <= set(steps[0])
+    assert (steps[0]["lr"], steps[0]["m"]) == (0.1 * 16 / 128, 0.99)
     assert {"epoch_loss", "knn", "knn_target", "seconds"} <= set(steps[-1])
     assert steps[-1]["epoch_loss"] == pytest.approx(sum(s["loss"] for s in steps) / 3)
     assert json.loads((finished / "config.json").read_text()) == first["settings"]
@@ -102,16 +105,10 @@ def test_a_run_leaves_a_checkpoint_of_plain_types_backbones_of_its_step_and_a_lo
 def test_backbones_are_mended_where_a_kill_came_between_the_writes(
     written, stopped, folder, monkeypatch
 ):
-    cfg, real, left = tiny(folder, output_dir=stopped, max_steps=1), sacl.save, [written + 2]
-
-    def save(path, content):  # two backbones at the start, then the checkpoint, then two backbones
-        if not left[0]:
-            raise KeyboardInterrupt
-        left[0] -= 1
-        real(path, content)
-
+    cfg = tiny(folder, output_dir=stopped, max_steps=1)
     with monkeypatch.context() as kill, pytest.raises(KeyboardInterrupt):
-        kill.setattr(sacl, "save", save)
+        # two backbones at the start, then the checkpoint, then two backbones
+        kill.setattr(sacl, "save", failing(KeyboardInterrupt, written + 3, sacl.save))
         sacl.train(cfg)
     with pytest.raises(AssertionError):
         assert_of_one_step(stopped)
@@ -125,16 +122,11 @@ def test_when_the_disk_is_full_the_checkpoint_stays_whole_and_the_run_goes_on(
     which, stopped, folder, losses, monkeypatch
 ):
     """A resumed run writes two backbones, log, settings, then checkpoint and two backbones."""
-    words, real, calls = flags(folder, output_dir=stopped, max_steps=1), os.fsync, iter(range(7))
+    words = flags(folder, output_dir=stopped, max_steps=1)
+    full = OSError(28, "No space left on device")
     before = (stopped / "checkpoint.pth").read_bytes()
-
-    def fsync(file):
-        if next(calls) == which:
-            raise OSError(28, "No space left on device")
-        real(file)
-
     with monkeypatch.context() as disk:
-        disk.setattr(os, "fsync", fsync)
+        disk.setattr(os, "fsync", failing(full, which + 1, os.fsync))
         assert "No space left on device" in refused(*words)
     assert not list(stopped.glob("*.part"))
     assert ((stopped / "checkpoint.pth").read_bytes() == before) == (which < 5)
@@ -152,14 +144,7 @@ def test_a_cut_or_damaged_log_is_no_hindrance(stopped, folder, losses):
 
 def test_a_step_that_is_due_is_saved_between_the_lines_of_the_log(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(sacl, "SAVE_SECONDS", 0)
-    real, calls = sacl.take, iter(range(6))
-
-    def take(*args):
-        if next(calls) == 2:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    monkeypatch.setattr(sacl, "take", take)
+    monkeypatch.setattr(sacl, "take", failing(KeyboardInterrupt, 3, sacl.take))
     with pytest.raises(KeyboardInterrupt):
         sacl.train(tiny(folder, output_dir=tmp_path, print_every=1000))
     assert assert_of_one_step(tmp_path)["step"] == 2
@@ -315,6 +300,14 @@ def test_a_second_start_is_refused_and_a_killed_run_goes_on(folder, tmp_path, lo
     assert log_of(tmp_path) == losses
 
 
+def test_who_may_wait_goes_on_when_the_other_has_ended(tmp_path, monkeypatch):
+    with open(tmp_path / "lock", "a+") as other:
+        assert sacl.try_lock(other)
+        monkeypatch.setattr(sacl.time, "sleep", lambda seconds: other.close())
+        with sacl.claim(tmp_path / "lock", wait=True):
+            assert other.closed
+
+
 def test_different_runs_do_not_fall_into_one_folder(folder, tmp_path, monkeypatch):
     """By dataset and seed; folders of one name are told apart by their images."""
     seeds = [Config(dataset="cifar100", seed=seed).output_dir for seed in (0, 1, 12)]
@@ -344,38 +337,29 @@ def test_moved_and_renamed_images_are_the_same(folder, stopped, tmp_path, losses
     assert log_of(stopped) == losses
 
 
-def test_changed_images_are_told_and_both_ways_out_work(folder, stopped, tmp_path, losses):
+def test_changed_images_are_told_and_both_ways_out_work(folder, begun, stopped, tmp_path, losses):
     root = Path(shutil.copytree(folder, tmp_path / "images"))
     gone, added = root / "train/dark/3.png", root / "train/bright/new.png"
     gone.rename(tmp_path / "3.png")
     shutil.copy(root / "train/dark/4.png", added)
     before, words = contents(stopped), flags(root, output_dir=stopped)
     sentence = refused(*words)
-    for word in (
-        "on other images",
-        "1 are new",
-        "new.png",
-        "1 gone",
-        "3.png",
-        "--changed-images accept",
-    ):
-        assert word in sentence
+    told = "on other images", "1 are new", "new.png", "1 gone", "3.png", "--changed-images accept"
+    assert all(word in sentence for word in told)
     assert contents(stopped) == before
     sacl.main([*words, "--changed-images", "accept", "--max-steps", "1"])
     assert len(log_of(stopped)) == 3
     added.unlink()
     (tmp_path / "3.png").rename(gone)
     shutil.rmtree(stopped)
-    for name, content in before.items():
-        (stopped / name).parent.mkdir(exist_ok=True)
-        (stopped / name).write_bytes(content)
+    shutil.copytree(begun, stopped)
     sacl.main(words)
     assert log_of(stopped) == losses
 
 
 def test_with_fewer_images_a_run_keeps_its_place_in_the_schedule(folder, tmp_path):
     root = Path(shutil.copytree(folder, tmp_path / "images"))
-    given = dict(output_dir=tmp_path / "a")
+    given = dict(output_dir=tmp_path / "a", m_schedule="cosine")
     sacl.train(tiny(root, **given, max_steps=3))  # half of the 6 steps
     for path in sorted((root / "train").rglob("*.png"))[::3]:
         path.unlink()
@@ -384,6 +368,7 @@ def test_with_fewer_images_a_run_keeps_its_place_in_the_schedule(folder, tmp_pat
     assert [line["step"] for line in lines] == [1, 2, 3, 3, 4]
     lrs = [line["lr"] for line in lines]
     assert lrs == sorted(lrs, reverse=True) and lrs[3] == pytest.approx(lrs[0] / 2)
+    assert (lines[0]["m"], lines[3]["m"]) == pytest.approx((0.99, 0.995))
 
 
 def test_images_in_memory_are_known_by_a_checksum():
@@ -399,11 +384,24 @@ def test_max_steps_given_twice_goes_on_twice(folder, tmp_path, capsys):
     assert len(log_of(tmp_path)) == 4
 
 
-def test_max_hours_stops_and_saves(folder, stopped, losses):
-    model = sacl.train(tiny(folder, output_dir=stopped, max_hours=1e-9))
-    assert assert_of_one_step(stopped)["step"] == 3 and model.training
-    sacl.train(tiny(folder, output_dir=stopped))
-    assert log_of(stopped) == losses
+def test_max_hours_stops_between_the_lines_of_the_log_and_saves(folder, tmp_path, losses):
+    model = sacl.train(tiny(folder, output_dir=tmp_path, max_hours=1e-9, print_every=1000))
+    assert assert_of_one_step(tmp_path)["step"] == 1 and model.training
+    sacl.train(tiny(folder, output_dir=tmp_path))
+    assert log_of(tmp_path) == losses
+
+
+def test_many_images_are_decoded_once_to_a_file_and_trained_on_from_there(
+    folder, tmp_path, losses, monkeypatch, capsys
+):
+    monkeypatch.setattr(images, "decode", functools.partial(images.decode, in_memory=0))
+    given = dict(output_dir=tmp_path / "a", decoded_dir=tmp_path / "decoded")
+    for _ in range(2):
+        sacl.train(tiny(folder, **given))
+    assert log_of(tmp_path / "a") == losses  # as from memory
+    assert capsys.readouterr().out.count("decoding 48 images") == 1
+    words = flags(folder, **given | dict(output_dir=tmp_path / "b", texture="negative"))
+    assert "--texture-bank FILE" in refused(*words)
 
 
 def test_any_seed_works_or_is_refused(folder, tmp_path):
@@ -533,12 +531,14 @@ def test_a_test_image_never_counts_as_of_another_class(folder, finished, tmp_pat
 
 
 def test_the_demo_ends_with_what_it_learned_and_what_to_do_next(tmp_path, capsys, monkeypatch):
+    draw = shapes.draw
+    monkeypatch.setattr(shapes, "draw", lambda count, part, seed: draw(count // 100, part, seed))
     monkeypatch.setitem(sacl.SEResNet.BLOCKS, "resnet50", (sacl.Bottleneck, (0, 1, 0, 0)))
-    lines = {"epoch": 0, "pixels": 14.2, "knn": 30.2}, {"epoch": 4, "knn": 75.4}
-    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    sacl.explain_demo(tmp_path, torch.device("cpu"))
-    learned, encoder, probe, own, paper = capsys.readouterr().out.splitlines()
-    assert re.findall(r"[\d.]+(?= %)", learned) == ["75.4", "30.2", "14.2"]
+    sacl.main(flags(output_dir=tmp_path, epochs=1, knn_every=1))
+    first, last = (line for line in sacl.read_log(tmp_path / "log.jsonl") if "knn" in line)
+    learned, encoder, probe, own, paper = capsys.readouterr().out.splitlines()[-5:]
+    figures = [str(x) for x in (last["knn"], first["knn"], first["pixels"])]
+    assert re.findall(r"[\d.]+(?= %)", learned) == figures
     assert encoder.endswith(f"{tmp_path}/backbone.pth") and str(tmp_path) in probe
     assert "--dataset FOLDER" in own and re.search(r"about [\d,]+ hours on this cpu", paper)
 
@@ -585,9 +585,8 @@ def test_a_download_tries_the_mirror_then_the_original_and_says_what_failed(tmp_
         raise OSError("no network")
 
     monkeypatch.setattr(torchvision.datasets.CIFAR100, "download", unreachable)
-    (tmp_path / "meta").write_text("of another program")
     sentence = refused(*flags("cifar100", data_dir=tmp_path, output_dir=tmp_path / "a"))
-    assert "--data-dir" in sentence and "no network" in sentence and "meta" not in sentence
+    assert "--data-dir" in sentence and "no network" in sentence
     assert tried == sacl.ARCHIVES["cifar100"] and len(tried) == 2
 
 
@@ -612,6 +611,7 @@ def test_missing_empty_and_broken_images_are_refused_by_name(folder, tmp_path):
     assert "no folder cifar1000" in sentence and "cifar100, stl10" in sentence
     assert "imagenet100/train" in refused("--dataset", "imagenet100", "--data-dir", tmp_path, *out)
     (tmp_path / "empty").mkdir()
+    out += ["--image-size", 32]
     assert "hold no images" in refused("--dataset", tmp_path / "empty", *out)
     bad = Path(shutil.copytree(folder, tmp_path / "bad"))
     (bad / "train" / "dark" / "5.png").write_bytes(b"\x89PNG")
@@ -648,24 +648,18 @@ MEMORY = "out of memory: end other programs, or choose a smaller --batch-size an
 def test_a_passing_fault_is_told_as_that(where, error, told, stopped, folder, monkeypatch):
     """Of the images, the checkpoint, a step; never with the advice to remove a good file."""
 
-    def fail(*_, **__):
-        raise error
-
     before = (stopped / "checkpoint.pth").read_bytes()
-    monkeypatch.setattr(torch if where == "load" else sacl, where, fail)
+    monkeypatch.setattr(torch if where == "load" else sacl, where, failing(error, 1))
     sentence = refused(*flags(folder, output_dir=stopped))
     assert told in sentence and "remove" not in sentence and "cannot be read" not in sentence
     assert (stopped / "checkpoint.pth").read_bytes() == before
 
 
 def test_an_interrupt_says_that_the_same_command_goes_on(folder, tmp_path, losses, monkeypatch):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
     words = flags(folder, output_dir=tmp_path)
     with monkeypatch.context() as key:
-        key.setattr(sacl, "take", interrupt)
-        assert "the same command goes on" in refused(*words, code=130)
+        key.setattr(sacl, "take", failing(KeyboardInterrupt, 1))
+        assert "the same training command goes on" in refused(*words, code=130)
     sacl.main(words)
     assert log_of(tmp_path) == losses
 
@@ -690,7 +684,7 @@ def test_a_batch_that_cannot_be_filled_is_refused(folder, tmp_path, monkeypatch)
     assert "at most all 48 images" in refused(*flags(folder, output_dir=tmp_path, batch_size=49))
     data = sacl.load_data(tiny(folder), "train")
     monkeypatch.setattr(sacl, "world_size", lambda: 3)
-    with pytest.raises(UsageError, match="--batch-size 16: .* a multiple of 3 processes"):
+    with pytest.raises(UsageError, match="--batch-size 16: .* a multiple of the 3 processes"):
         sacl.steps_in_epoch(tiny(), data)
 
 
@@ -714,7 +708,9 @@ def test_weights_of_another_network_are_told_as_that(kind, run):
         (run / "backbone.pth").write_bytes(content)
     else:
         torch.save(content, run / "backbone.pth")
-    assert "backbone.pth" in refused(run, program=eval_linear)
+    assert re.search(
+        "backbone.pth (does not fit|cannot be read)", refused(run, program=eval_linear)
+    )
 
 
 @pytest.mark.parametrize("content", [
@@ -723,12 +719,12 @@ def test_weights_of_another_network_are_told_as_that(kind, run):
 ])  # fmt: skip
 def test_another_programs_config_is_told_as_that(content, run):
     (run / "config.json").write_bytes(content.encode("latin-1"))
-    assert "config.json" in refused(run, program=eval_linear)
+    assert "config.json holds no settings" in refused(run, program=eval_linear)
 
 
 def test_a_folder_that_is_no_run_is_told_as_that(tmp_path):
     for path in (tmp_path, tmp_path / "none", __file__):
-        assert "is not a run's folder" in refused(path, program=eval_linear)
+        assert "name a run's folder" in refused(path, program=eval_linear)
 
 
 # ------------------------------------------------------------ kind 7: any way in, the same rules
@@ -843,13 +839,18 @@ def test_a_console_of_another_encoding_and_a_folder_named_in_chinese(folder, tmp
     assert len(log_of(tmp_path / "运行")) == 2
 
 
-def test_a_pasted_cell_trains_on_cifar_alone_and_names_what_else_it_needs(cifar, monkeypatch):
+def test_a_pasted_cell_trains_on_cifar_alone_and_names_what_else_it_needs(
+    cifar, monkeypatch, capsys
+):
+    """A cell has __name__ == "__main__", no __file__, and the kernel's arguments."""
     home, cell = Path(sacl.__file__).parent, {"__name__": "__main__"}
+    monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
     monkeypatch.setattr(sys, "path", [p for p in sys.path if Path(p or ".").resolve() != home])
     monkeypatch.chdir(cifar)
     for name in ("images", "texture", "shapes"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     exec(compile((home / "sacl.py").read_text(), "<cell>", "exec"), cell)
+    assert capsys.readouterr().out == ""  # pasting defines and does not train
     given = SMALL | dict(data_dir=cifar.parent, max_steps=1)
     cell["train"](cell["Config"](dataset="cifar10", **given))
     (cifar / "shapes").mkdir()  # a mere folder is no module
@@ -861,7 +862,3 @@ def test_a_pasted_cell_trains_on_cifar_alone_and_names_what_else_it_needs(cifar,
         with pytest.raises(cell["UsageError"], match=told):
             given |= dict(dataset=dataset, texture=role, output_dir="other")
             cell["train"](cell["Config"](**given))
-
-
-# ------------------------------------------------------------ kind 8: names do not collide
-# Evaluations and runs of one name: above, kinds 1 and 2.

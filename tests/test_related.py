@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import conftest
 import sacl
 from related import baselines, harl, mining, multi_network
 from related.baselines import BYOL, PIRL, MoCoV2, SimCLR, SimSiam
 from related.harl import HARL
 from related.mining import PotentialSamples
 from related.multi_network import MultiNetwork
-from sacl import Config, UsageError
+from sacl import UsageError
 
 IMAGES = 48  # in the training set
 
@@ -35,18 +36,8 @@ SYSTEMS = {
 every_system = pytest.mark.parametrize("name", SYSTEMS)
 
 
-@pytest.fixture(autouse=True)
-def small_and_seeded(monkeypatch):
-    """Encoders of one block, one thread, one seed."""
-    monkeypatch.setitem(sacl.SEResNet.BLOCKS, "resnet18", (sacl.BasicBlock, (0, 1, 0, 0)))
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-
-
-def tiny(**given):
-    small = dict(arch="resnet18", width=8, dim=16, image_size=16, batch_size=16, epochs=2)
-    small |= dict(print_every=1, knn_every=0, amp="off", compile="off", texture="none")
-    return Config(**{"dataset": "cifar100", **small, **given})
+pytestmark = pytest.mark.usefixtures("short_encoder")
+tiny = functools.partial(conftest.tiny, "cifar100")
 
 
 def system(name, **given):

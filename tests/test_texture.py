@@ -18,13 +18,6 @@ import texture
 from conftest import log_of, tiny
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small tensors are slower on two threads, and sums must round alike in every run."""
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-
-
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -38,7 +31,7 @@ def smooth(b: int, side: int, seed: int = 0) -> torch.Tensor:
 
 
 # ------------------------------------------------------------ exactness
-def violations(sources, index, schedule, window, eps=0.1, edge="partial") -> int:
+def violations(sources, index, schedule, window, eps=0.1) -> int:
     """How many pixels of a texture were not a legal choice: Efros & Leung again, in float64.
 
     Independent of texture.py: one pixel after another, all windows compared by brute force.
@@ -52,7 +45,6 @@ def violations(sources, index, schedule, window, eps=0.1, edge="partial") -> int
     source = np.pad(sources.numpy() / 255.0, around, constant_values=np.nan)
     source = np.lib.stride_tricks.sliding_window_view(source, (window, window), (2, 3))
     source = source.transpose(0, 2, 3, 1, 4, 5).reshape(n * s * s, -1, window, window)
-    legal = ~np.isnan(source).any((1, 2, 3)) if edge == "full" else np.ones(len(source), bool)
     chosen = source[index.numpy().ravel(), :, half, half].reshape(height, width, -1)
     canvas = np.pad(chosen, ((half, half), (half, half), (0, 0))).transpose(2, 0, 1)
     filled = np.zeros(canvas.shape[1:], bool)
@@ -63,39 +55,30 @@ def violations(sources, index, schedule, window, eps=0.1, edge="partial") -> int
         weight = gauss[known] / gauss[known].sum()
         gap = source[:, :, known] - canvas[:, y : y + window, x : x + window][:, known]
         distance = ((gap**2).sum(1) * weight).sum(1)  # NaN where it leaves the sample
-        distance = np.where(legal & ~np.isnan(distance), distance, np.inf)
+        distance = np.where(np.isnan(distance), np.inf, distance)
         wrong += not distance[index[y, x]] <= (1 + eps) * distance.min() + 1e-6
         filled[y + half, x + half] = True
     assert filled[half : half + height, half : half + width].all()
     return wrong
 
 
-def grown(window=5, seeds=1, order="onion", edge="partial", eps=0.1, seed=0):
+def grown(window=5, seeds=1, order="onion", eps=0.1, seed=0):
     sources = texture.two_patches(smooth(2, 24, seed), 11, seeded(seed))
-    options = dict(window=window, seeds=seeds, order=order, edge=edge, eps=eps)
+    options = dict(window=window, seeds=seeds, order=order, eps=eps)
     options |= dict(generator=seeded(seed), return_index=True)
     _, index = texture.synthesize(sources, (20, 18), **options)
     return sources, index, texture.fill_schedule(20, 18, window, seeds, order)
 
 
 @pytest.mark.parametrize("order", ["onion", "random"])
-@pytest.mark.parametrize(
-    "window, seeds, edge, eps",
-    [
-        (3, 1, "partial", 0.1),
-        (5, 1, "full", 0.1),
-        (5, 3, "partial", 0.1),
-        (5, 2, "full", 0.0),
-        (7, 3, "partial", 0.5),
-        (11, 2, "partial", 0.1),
-        (11, 1, "full", 0.1),
-    ],
-)
-def test_every_pixel_comes_from_a_window_within_eps_of_the_best(window, seeds, edge, eps, order):
+@pytest.mark.parametrize("window, seeds, eps", [
+    (3, 1, 0.1), (5, 1, 0.1), (5, 3, 0.1), (5, 2, 0.0), (7, 3, 0.5), (11, 2, 0.1),
+])  # fmt: skip
+def test_every_pixel_comes_from_a_window_within_eps_of_the_best(window, seeds, eps, order):
     """Efros & Leung, Sec. 2.1: 0 violations in a float64 replay, one pixel after another."""
-    sources, index, schedule = grown(window, seeds, order, edge, eps, seed=window + seeds)
+    sources, index, schedule = grown(window, seeds, order, eps, seed=window + seeds)
     for image in range(len(sources)):
-        assert violations(sources[image], index[image], schedule, window, eps, edge) == 0
+        assert violations(sources[image], index[image], schedule, window, eps) == 0
 
 
 def test_the_replay_catches_a_ring_filled_at_once_and_a_random_pick(monkeypatch):
@@ -215,34 +198,19 @@ def test_schedules_have_few_levels(window, random, onion, lattice):
 
 # ------------------------------------------------------------ pixels and draws
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.float32, torch.float64])
-@pytest.mark.parametrize("edge", ["partial", "full"])
-def test_textures_are_source_pixels_bit_for_bit(dtype, edge):
+def test_textures_are_source_pixels_bit_for_bit(dtype):
     """out = source[n, :, y, x] at index n s^2 + y s + x; the images' dtype and device are kept."""
     images = smooth(3, 20)
     images = images if dtype == torch.uint8 else (images / 255).to(dtype)
     sources = texture.two_patches(images, 9, seeded())
-    options = dict(seeds=2, edge=edge)
-    out, index = texture.synthesize(
-        sources, (17, 13), return_index=True, generator=seeded(), **options
-    )
+    given = dict(out_size=(17, 13), seeds=2)
+    out, index = texture.synthesize(sources, **given, return_index=True, generator=seeded())
     assert out.dtype == dtype and out.shape == (3, 3, 17, 13) and out.device == images.device
     assert index.dtype == torch.int64 and index.shape == (3, 17, 13)
     for b in range(3):
         n, y, x = np.unravel_index(index[b].numpy(), (2, 9, 9))
         assert torch.equal(out[b].permute(1, 2, 0), sources[b, n, :, y, x])
-    assert torch.equal(out, texture.synthesize(sources, (17, 13), generator=seeded(), **options))
-
-
-def test_full_windows_never_take_a_border_pixel_and_partial_ones_do():
-    """`edge`: a 9 x 9 sample has 3 x 3 full windows of side 7, and 81 partial ones."""
-    sources = texture.two_patches(smooth(4, 20), 9, seeded())
-    level = texture.fill_schedule(20, 20, 7, 1).level
-    inner = {}
-    for edge in ("full", "partial"):
-        options = dict(window=7, edge=edge, generator=seeded(), return_index=True)
-        index = texture.synthesize(sources, 20, **options)[1][:, level > 0] % 81
-        inner[edge] = ((index // 9 - 4).abs() <= 1) & ((index % 9 - 4).abs() <= 1)
-    assert inner["full"].all() and not inner["partial"].all()
+    assert torch.equal(out, texture.synthesize(sources, **given, generator=seeded()))
 
 
 def test_chunks_and_repetition_change_nothing_and_another_generator_does():
@@ -372,7 +340,6 @@ BAD_ARGUMENTS = {
     "out_size=20 x 8": [dict(out_size=(20, 8), seeds=3)],
     "eps": [dict(eps=-0.1), dict(eps=float("nan"))],
     "order": [dict(order="spiral")],
-    "edge": [dict(edge="wrap")],
     "chunk_bytes": [dict(chunk_bytes=0)],
     "sources": [
         dict(sources=x)
@@ -414,7 +381,7 @@ def test_a_bad_batch_is_named(name, images, options):
 
 
 # ------------------------------------------------------------ a bank on disk
-SMALL = dict(textures=3, seed=5, window=3, patch=5, images_id="names", log=lambda line: None)
+BANK = dict(textures=3, seed=5, window=3, patch=5, images_id="names", log=lambda line: None)
 
 
 @pytest.fixture
@@ -426,13 +393,13 @@ def blocks_of_two(monkeypatch):
 @pytest.fixture
 def whole(tmp_path, blocks_of_two):
     """A bank of five images made in one go, in three blocks."""
-    texture.bank(smooth(5, 16), tmp_path / "whole.npy", **SMALL)
+    texture.bank(smooth(5, 16), tmp_path / "whole.npy", **BANK)
     return (tmp_path / "whole.npy").read_bytes()
 
 
 def test_a_bank_holds_k_textures_of_each_image_and_the_seed_tells_which(tmp_path, blocks_of_two):
     images = smooth(1, 16).repeat(5, 1, 1, 1)
-    bank = texture.bank(images, tmp_path / "new folder" / "bank.npy", **SMALL)
+    bank = texture.bank(images, tmp_path / "new folder" / "bank.npy", **BANK)
     assert isinstance(bank, np.memmap) and not bank.flags.writeable
     assert bank.shape == (5, 3, 3, 16, 16) and bank.dtype == np.uint8
     assert (bank == np.load(tmp_path / "new folder" / "bank.npy")).all()
@@ -442,15 +409,15 @@ def test_a_bank_holds_k_textures_of_each_image_and_the_seed_tells_which(tmp_path
     colours = {tuple(c) for c in images[0].flatten(1).T.tolist()}
     assert {tuple(c) for c in bank[4, 2].reshape(3, -1).T.tolist()} <= colours
     for seed in (-1, 6, 1_700_000_000_000, 2**64):  # any whole number, such as a clock's
-        other = texture.bank(images, tmp_path / f"{seed}.npy", **SMALL | {"seed": seed})
+        other = texture.bank(images, tmp_path / f"{seed}.npy", **BANK | {"seed": seed})
         assert (other != bank).mean() > 0.1
 
 
 def test_a_finished_bank_is_read_and_not_made_again(tmp_path, whole, monkeypatch):
     monkeypatch.setattr(texture, "texture_views", None)
     monkeypatch.setattr(texture, "write_at", None)
-    given = {k: np.int64(v) if isinstance(v, int) else v for k, v in SMALL.items()}
-    for words in (SMALL, given):
+    given = {k: np.int64(v) if isinstance(v, int) else v for k, v in BANK.items()}
+    for words in (BANK, given):
         bank = texture.bank(smooth(5, 16), tmp_path / "whole.npy", **words, seeds=None)
         assert bank.shape == (5, 3, 3, 16, 16)
     assert (tmp_path / "whole.npy").read_bytes() == whole
@@ -463,7 +430,7 @@ def test_it_does_not_matter_how_the_images_lie_in_memory(tmp_path, whole):
     mapped = np.load(tmp_path / "images.npy", mmap_mode="r")
     turned = images.to(memory_format=torch.channels_last)
     for i, form in enumerate((mapped, turned)):
-        texture.bank(form, tmp_path / f"{i}.npy", **SMALL)
+        texture.bank(form, tmp_path / f"{i}.npy", **BANK)
         assert (tmp_path / f"{i}.npy").read_bytes() == whole
 
 
@@ -486,9 +453,9 @@ def test_a_bank_killed_at_any_write_goes_on_to_the_same_bytes(
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(texture, "write_at", killed)
-        texture.bank(smooth(5, 16), path, **SMALL)
+        texture.bank(smooth(5, 16), path, **BANK)
     assert not path.exists() and whole.startswith(part.read_bytes())
-    texture.bank(smooth(5, 16), path, **SMALL)
+    texture.bank(smooth(5, 16), path, **BANK)
     assert path.read_bytes() == whole and not part.exists()
 
 
@@ -502,7 +469,7 @@ def test_a_resume_makes_what_is_missing_and_the_last_block_that_a_power_cut_may_
     torn[header] ^= 255  # made long ago: must not be made again
     torn[header + block :] = bytes(block)
     part.write_bytes(torn)
-    texture.bank(smooth(5, 16), path, **SMALL)
+    texture.bank(smooth(5, 16), path, **BANK)
     made = bytearray(path.read_bytes())
     made[header] ^= 255
     assert made == whole
@@ -511,7 +478,7 @@ def test_a_resume_makes_what_is_missing_and_the_last_block_that_a_power_cut_may_
 def test_progress_tells_place_size_and_time_left(tmp_path, whole, monkeypatch):
     lines, clock = [], itertools.count(0, 60)  # a minute goes by each time it is looked at
     monkeypatch.setattr(texture, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    texture.bank(smooth(5, 16), tmp_path / "bank.npy", **SMALL | {"log": lines.append})
+    texture.bank(smooth(5, 16), tmp_path / "bank.npy", **BANK | {"log": lines.append})
     assert "bank.npy" in lines[0] and " MB free" in lines[0]
     assert "2 of 5 images, 2 min left" in lines[1] and "5 of 5" in lines[3] and len(lines) == 4
 
@@ -523,19 +490,19 @@ def test_a_full_disk_ends_in_a_sentence_and_the_bank_goes_on_when_there_is_room(
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) - texture.BLOCK, hard))
     try:
         with pytest.raises(OSError, match=r"what is written is kept.*bank\.npy\.part") as error:
-            texture.bank(smooth(5, 16), path, **SMALL)
+            texture.bank(smooth(5, 16), path, **BANK)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert error.value.errno == errno.EFBIG and not path.exists()
     assert whole.startswith(part.read_bytes()) and part.stat().st_size > texture.BLOCK
-    texture.bank(smooth(5, 16), path, **SMALL)
+    texture.bank(smooth(5, 16), path, **BANK)
     assert path.read_bytes() == whole
 
 
 def test_too_little_disk_is_refused_before_the_first_byte(tmp_path, monkeypatch):
     monkeypatch.setattr(texture.shutil, "disk_usage", lambda _: SimpleNamespace(free=11_000))
     with pytest.raises(OSError, match=r"bank\.npy takes 0 MB of the 0 MB free there: make room"):
-        texture.bank(smooth(5, 16), tmp_path / "bank.npy", **SMALL)
+        texture.bank(smooth(5, 16), tmp_path / "bank.npy", **BANK)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -559,7 +526,7 @@ def test_a_bank_of_other_images_or_options_is_refused_and_kept(
     path.write_bytes(whole if finished else whole[:-1000])
     before = path.read_bytes()
     with pytest.raises(ValueError, match=f"{path.name} {told}|{path.name}.*{told}") as error:
-        texture.bank(**dict(images=smooth(5, 16), path=tmp_path / "bank.npy") | SMALL | change)
+        texture.bank(**dict(images=smooth(5, 16), path=tmp_path / "bank.npy") | BANK | change)
     assert "move it, or name another file" in str(error.value)
     assert path.read_bytes() == before
 
@@ -573,14 +540,14 @@ def test_a_file_of_somebody_else_is_refused_and_kept(tmp_path, name, content):
             np.save(file, np.zeros((5, 3, 3, 16, 16), np.uint8))
     before = (tmp_path / name).read_bytes()
     with pytest.raises(ValueError, match=f"{name} has .*: move it, or name another file"):
-        texture.bank(smooth(5, 16), tmp_path / "bank.npy", **SMALL)
+        texture.bank(smooth(5, 16), tmp_path / "bank.npy", **BANK)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {name: before}
 
 
 def test_a_bank_that_was_copied_in_part_is_told_as_that(tmp_path, whole):
     (tmp_path / "whole.npy").write_bytes(whole[:-1])
     with pytest.raises(ValueError, match=r"whole\.npy is cut short"):
-        texture.bank(smooth(5, 16), tmp_path / "whole.npy", **SMALL)
+        texture.bank(smooth(5, 16), tmp_path / "whole.npy", **BANK)
 
 
 @pytest.mark.parametrize(
@@ -595,7 +562,7 @@ def test_a_bank_that_was_copied_in_part_is_told_as_that(tmp_path, whole):
     ],
 )
 def test_a_bad_argument_of_a_bank_is_named_and_leaves_no_file_in_the_way(tmp_path, name, change):
-    good = dict(images=smooth(5, 16), path=tmp_path / "bank.npy") | SMALL
+    good = dict(images=smooth(5, 16), path=tmp_path / "bank.npy") | BANK
     with pytest.raises(ValueError, match=name):
         texture.bank(**good | change)
     assert list(tmp_path.iterdir()) == []

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +29,7 @@ def trained(out: Path, **given) -> tuple[sacl.SEResNet, torch.Tensor]:
     for name, x in encoder.state_dict().items():
         if "bn" in name or "downsample.1" in name:
             x.copy_(torch.rand_like(x) + 0.5 if x.is_floating_point() else torch.tensor(9))
-    out.mkdir()
+    out.mkdir(parents=True)
     sacl.save_backbones(out, {"knn": encoder})
     sacl.write(out / "config.json", json.dumps(dataclasses.asdict(cfg)).encode())
     return encoder.eval(), torch.randn(2, 3, cfg.image_size, cfg.image_size).double()
@@ -54,34 +56,35 @@ def test_without_gates_the_backbone_is_torchvisions(tmp_path):
 
 
 @pytest.mark.parametrize("stem", ["imagenet", "cifar"])
-def test_the_backbone_is_timms_seresnet50(tmp_path, stem):
+def test_the_backbone_is_timms_seresnet50(tmp_path, stem, monkeypatch):
     """Gates are linear layers here and 1x1 convolutions with a bias in timm."""
     timm = pytest.importorskip("timm")
     encoder, x = trained(tmp_path / "run", stem=stem, image_size=32 if stem == "imagenet" else 16)
-    weights = torch.load(tmp_path / "run/backbone.pth")
-    for name in [name for name in weights if ".se." in name]:
-        weights[name] = weights[name][:, :, None, None]
-        weights[name.replace("weight", "bias")] = torch.zeros(len(weights[name]))
     net = timm.create_model("seresnet50", num_classes=0).double()
     if stem == "cifar":
         net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False).double(), nn.Identity()
-    net.load_state_dict(weights)
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: net)
+    monkeypatch.chdir(tmp_path / "run")
+    exec(recipe('weights = torch.load\\("backbone.pth"\\)'), {"torch": torch, "timm": timm})
     assert close(net.eval()(x), encoder(x))
 
 
-def test_a_folder_becomes_features_and_names(tmp_path):
-    encoder, _ = trained(tmp_path / "run", arch="resnet18", width=8)
+def recipe(first: str) -> str:
+    """The code block of the README that begins so."""
+    text = Path(sacl.__file__).with_name("README.md").read_text()
+    return textwrap.dedent(re.search(rf"(?m)^    {first}.*\n(?:    .+\n)+", text)[0])
+
+
+def test_a_folder_becomes_features_and_names(tmp_path, monkeypatch):
+    encoder, _ = trained(tmp_path / "runs/cifar100", arch="resnet18", width=8)
     (tmp_path / "photos").mkdir()
     for i in range(3):
         noise = np.random.default_rng(i).integers(256, size=(40, 50, 3), dtype=np.uint8)
         Image.fromarray(noise).save(tmp_path / f"photos/{i}.png")
-    run = str(tmp_path / "run")
-    encoder, cfg = load_encoder(ProbeConfig(run=run, dataset=str(tmp_path / "photos")))
-    data = sacl.load_data(cfg, "train")
-    features = sacl.embed(encoder, data.pixels, cfg, torch.device("cpu"))
-    np.save(tmp_path / "features.npy", features.numpy())
-    assert np.load(tmp_path / "features.npy").shape == (3, encoder.dim)
-    assert [name.split("\t")[0] for name in data.names] == ["0.png", "1.png", "2.png"]
+    monkeypatch.chdir(tmp_path)
+    exec(recipe("import numpy as np, pathlib"), {})
+    assert np.load("features.npy").shape == (3, encoder.dim)
+    assert Path("names.txt").read_text().split() == ["0.png", "1.png", "2.png"]
 
 
 READY = Path(__file__).resolve().parent.parent / "results" / "cifar100-r18w16"
@@ -103,7 +106,7 @@ def test_the_encoder_to_download_is_the_one_of_its_log(monkeypatch):
     assert sacl.percent(guess == test.labels) == pytest.approx(50.2, abs=1)
 
 
-def test_the_encoder_to_download_has_the_accuracy_of_its_log(tmp_path):
+def test_the_encoder_to_download_has_the_accuracy_of_its_log():
     """Where CIFAR-100 lies in data/."""
     if not Path("data/cifar100/train").is_dir():
         pytest.skip("CIFAR-100 is not there as folders of images")
