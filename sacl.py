@@ -722,7 +722,8 @@ def require_bank(cfg: Config, side: int, mapped: bool = False) -> None:
     most = 96 if torch.cuda.is_available() else 64
     if cfg.texture != "none" and not cfg.texture_bank and (mapped or side > most):
         large = f"images of {side} px" if side > most else "so many images"
-        advice = "give --texture-bank FILE, where the run keeps them, or choose --texture none"
+        advice = "give --texture-bank FILE, where the run keeps them, "
+        advice += f"an --image-size up to {most}, " * (side > most) + "or --texture none"
         raise UsageError(f"--texture {cfg.texture}: textures of {large} need a file: {advice}")
 
 
