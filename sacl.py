@@ -79,7 +79,7 @@ class Config:
     data_dir: str = "data"  # searched for <name>/{train,test|val}/<class>/, then downloaded to
     decoded_dir: str = "runs/decoded"  # where more than 4 GiB of images are decoded to, once
     output_dir: str = ""  # "": runs/<dataset>, and -seed<seed> unless it is 0
-    image_size: int = 32  # side of a view in pixels; an image folder's is 224
+    image_size: int = 32  # side of a view in pixels; 224 for an image folder
     stl10_split: Literal["train+unlabeled", "train", "unlabeled"] = "train+unlabeled"  # ours
     # encoder (Sec. 2.3)
     arch: Literal["resnet50", "resnet18"] = "resnet50"
@@ -108,7 +108,7 @@ class Config:
     # optimisation (Sec. 3.2, 3.5)
     epochs: int = 200
     batch_size: int = 128  # over all GPUs
-    lr: float = 0.1  # at a batch of 128, cosine; ours: to 0, and in proportion to the batch
+    lr: float = 0.1  # at batch 128, by a cosine; ours: down to 0, in proportion to the batch
     sgd_momentum: float = 0.9  # ours: the paper's "momentum 0.99" must be m
     weight_decay: float = 1e-4
     warmup_epochs: int = 0  # ours
@@ -862,7 +862,8 @@ def run_epochs(cfg: Config, build, train_set, test_set, device, began) -> nn.Mod
     if steps != then:
         say(f"the images have changed: step {done} becomes step {step} of {total}")
     earlier, epoch_loss = saved["seconds"], saved["epoch_loss"] * steps / then
-    last, textures = min(total, step + cfg.max_steps) if cfg.max_steps else total, None
+    last = min(total, step + cfg.max_steps) if cfg.max_steps else total
+    textures = None
     if step < last:  # a finished run needs none
         with first_of_machine() if cfg.texture_bank else contextlib.nullcontext():
             textures = make_textures(train_set, cfg, step // steps)

@@ -39,6 +39,12 @@ def close(a: torch.Tensor, b: torch.Tensor) -> bool:
     return ((a - b).norm() / b.norm()).item() < 1e-12
 
 
+def recipe(first: str) -> str:
+    """The code block of the README that begins so."""
+    text = Path(sacl.__file__).with_name("README.md").read_text()
+    return textwrap.dedent(re.search(rf"(?m)^    {first}.*\n(?:    .+\n)+", text)[0])
+
+
 def test_a_runs_encoder_comes_back_by_one_call(tmp_path):
     encoder, x = trained(tmp_path / "run", arch="resnet18", width=8)
     again, cfg = load_encoder(ProbeConfig(run=str(tmp_path / "run")))
@@ -67,12 +73,6 @@ def test_the_backbone_is_timms_seresnet50(tmp_path, stem, monkeypatch):
     monkeypatch.chdir(tmp_path / "run")
     exec(recipe('weights = torch.load\\("backbone.pth"\\)'), {"torch": torch, "timm": timm})
     assert close(net.eval()(x), encoder(x))
-
-
-def recipe(first: str) -> str:
-    """The code block of the README that begins so."""
-    text = Path(sacl.__file__).with_name("README.md").read_text()
-    return textwrap.dedent(re.search(rf"(?m)^    {first}.*\n(?:    .+\n)+", text)[0])
 
 
 def test_a_folder_becomes_features_and_names(tmp_path, monkeypatch):
