@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from torchvision.transforms import functional as TF
 
 import sacl
@@ -83,6 +84,23 @@ def failing(fault, after, real=None):
         return real(*args, **kwargs)
 
     return call
+
+
+class LeastModel(nn.Module):
+    """The least that `train` asks of a model; `plan` is what else its forward does."""
+
+    def __init__(self, cfg, plan=lambda loss, x: loss):
+        super().__init__()
+        self.encoder, self.plan = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 8)), plan
+
+    def views(self, x, texture, index):
+        return (x / 255,)
+
+    def forward(self, x):
+        return self.plan(self.encoder(x).mean(), x)
+
+    def update_target(self, m):
+        self.m = m
 
 
 def log_of(run: Path) -> list[float]:

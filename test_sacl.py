@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -88,9 +89,7 @@ def loop_info_nce(q, k, tau, kt=None, alpha=1.0, texture_negatives="own", k_same
 
 
 @pytest.mark.parametrize("same", [False, True])
-@pytest.mark.parametrize(
-    "texture", [None, ("own", 1.0), ("own", 0.0), ("own", 2.0), ("batch", 0.5)]
-)
+@pytest.mark.parametrize("texture", [None, ("own", 0.0), ("own", 2.0), ("batch", 0.5)])
 def test_info_nce_equals_the_formula_written_as_loops(texture, same):
     q, k = torch.randn(6, 5, 8, dtype=torch.double), torch.randn(3, 5, 8, dtype=torch.double)
     options = {"k_same": k[1]} if same else {}
@@ -114,13 +113,16 @@ def test_info_nce_ignores_the_length_of_vectors_and_half_precision_logits():
 # ------------------------------------------------------------ Algorithm 1
 
 
-@pytest.mark.parametrize("role", ["negative", "none"])
-def test_forward_is_algorithm_1_written_step_by_step(role):
+@pytest.mark.parametrize("given", [
+    dict(texture="negative"), dict(texture="none"),
+    dict(texture="negative", texture_alpha=2.0, texture_negatives="batch", negatives="eq10"),
+])  # fmt: skip
+def test_forward_is_algorithm_1_written_step_by_step(given):
     """Patches encoded apart, averaged in pairs before the projector; targets see whole views.
 
     Without textures this is Fast-MoCo's loss.
     """
-    model, x1, x2, xt = model_and_views(texture=role)
+    model, x1, x2, xt = model_and_views(**given)
     queries, keys = [], []
     for x in (x1, x2):
         halves = [half for row in x.chunk(2, 2) for half in row.chunk(2, 3)]
@@ -129,12 +131,14 @@ def test_forward_is_algorithm_1_written_step_by_step(role):
         queries.append(model.predictor(model.projector(e)).view(6, 8, 16))
         keys.append(model.target_projector(model.target_encoder(x)).double())
     views, kt = [x1, x2], None
-    if role == "negative":
+    if given["texture"] == "negative":
         views.append(xt)
         kt = model.target_projector(model.target_encoder(xt)).double()
-    pairs = ((queries[0], keys[1]), (queries[1], keys[0]))
-    expected = sum(loop_info_nce(q.double(), k, 0.2, kt) for q, k in pairs) / 2
-    assert model(*views).item() == pytest.approx(expected, abs=1e-5)
+    how = kt, model.cfg.texture_alpha, model.cfg.texture_negatives
+    same = keys if model.cfg.negatives == "eq10" else (None, None)  # Eq. (10): also q's own view
+    ways = ((queries[0], keys[1], same[0]), (queries[1], keys[0], same[1]))
+    losses = [loop_info_nce(q.double(), k, 0.2, *how, k_same) for q, k, k_same in ways]
+    assert model(*views).item() == pytest.approx(sum(losses) / 2, abs=1e-5)
 
 
 def test_one_cell_without_textures_and_attention_gives_moco_v3s_loss():
@@ -265,21 +269,19 @@ def test_se_resnet_50_has_the_papers_28_07_million_parameters():
         assert count(model.projector) == 12_595_200 and count(model.predictor) == 2_100_224
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
-def test_without_se_it_is_torchvisions_resnet(arch):
-    """The same names, taken strictly, and the same output, but for the classifier."""
-    theirs = getattr(torchvision.models, arch)().eval()
+def test_without_se_it_is_torchvisions_resnet():
+    """The same names, taken strictly, and the same output; for ResNet-50 see tests/test_use.py."""
+    theirs = torchvision.models.resnet18().eval()
     theirs.fc = nn.Identity()
-    ours = SEResNet(arch, se="none", stem="imagenet").eval()
+    ours = SEResNet("resnet18", se="none", stem="imagenet").eval()
     ours.load_state_dict(theirs.state_dict(), strict=True)
     x = torch.randn(2, 3, 64, 64)
     assert torch.allclose(ours(x), theirs(x), atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", [sacl.BasicBlock, sacl.Bottleneck])
 @pytest.mark.parametrize("se", ["standard", "pre", "post", "identity", "none"])
-def test_each_placement_computes_its_panel_of_figure_6(kind, se):
-    block = kind(16, 8, 2, se, 4).double().train()
+def test_each_placement_computes_its_panel_of_figure_6(se):
+    block = sacl.Bottleneck(16, 8, 2, se, 4).double().train()
     for p in block.parameters():
         nn.init.normal_(p, std=0.5)
 
@@ -290,8 +292,6 @@ def test_each_placement_computes_its_panel_of_figure_6(kind, se):
         return x * bn.weight[:, None, None] + bn.bias[:, None, None]
 
     def residual(x):
-        if kind is sacl.BasicBlock:
-            return conv_bn(conv_bn(x, block.conv1, block.bn1, 2).relu(), block.conv2, block.bn2, 1)
         x = conv_bn(conv_bn(x, block.conv1, block.bn1, 1).relu(), block.conv2, block.bn2, 2)
         return conv_bn(x.relu(), block.conv3, block.bn3, 1)
 
@@ -399,13 +399,12 @@ def ks_distance(a, b):
     return (below[0] - below[1]).abs().max().item()
 
 
-@pytest.mark.parametrize("least", [0.08, 0.2, 0.4])
-def test_crops_are_distributed_as_torchvisions(least):
-    """Areas, ratios, centres; 0.04 is beyond chance for 5,000 draws each, clamping gives 0.13."""
-    image, params = torch.empty(3, 4096, 4096, dtype=torch.uint8), ((least, 1), (3 / 4, 4 / 3))
+def test_crops_are_distributed_as_torchvisions():
+    """Areas, ratios, centres; 0.04 is beyond chance for 5,000 draws each, clamping gives 0.18."""
+    image, params = torch.empty(3, 4096, 4096, dtype=torch.uint8), ((0.4, 1), (3 / 4, 4 / 3))
     boxes = [transforms.RandomResizedCrop.get_params(image, *params) for _ in range(5000)]
     y, x, h, w = (torch.tensor(boxes).double() / 4096).T
-    crop = sacl.sample_view(5000, tiny(crop_min=least), CPU)["crop"].double()
+    crop = sacl.sample_view(5000, tiny(crop_min=0.4), CPU)["crop"].double()
     width, height = crop[:, 0, 0].abs(), crop[:, 1, 1]
     assert ks_distance(width * height, w * h) < 0.04
     assert ks_distance((width / height).log(), (w / h).log()) < 0.04
@@ -647,14 +646,31 @@ def test_the_probes_defaults_are_the_papers(name, epochs, folder, finished, tmp_
     assert stopped.value.args == ("lars", 0.9, 128, epochs, 16)
 
 
-def test_the_rate_of_a_probe_is_chosen_on_a_held_out_tenth(finished, tmp_path, capsys):
-    """And the target encoder is probed on request."""
-    words = [finished, "--output-dir", tmp_path, "--encoder", "target", "--lr-sweep", "--epochs", 1]
+def test_the_rate_of_a_probe_is_chosen_on_a_held_out_tenth(finished, tmp_path, capsys, monkeypatch):
+    """And falls by a cosine; crops keep angle and colours; the target is probed on request."""
+    rates, views, augment = [], [], sacl.augment
+
+    class Recorder(eval_linear.LARS):
+        def step(self):
+            rates.append([group["lr"] for group in self.param_groups])
+            super().step()
+
+    monkeypatch.setattr(eval_linear, "LARS", Recorder)
+    monkeypatch.setattr(sacl, "augment", lambda *of: views.append(of[1]) or augment(*of))
+    run = shutil.copytree(finished, tmp_path / "run")
+    settings = json.loads((run / "config.json").read_text()) | {"weak": "geometric"}
+    (run / "config.json").write_text(json.dumps(settings))
+    words = [run, "--output-dir", tmp_path, "--encoder", "target", "--lr-sweep", "--epochs", 2]
     eval_linear.main([str(w) for w in words])
     result = json.loads((tmp_path / "linear-target-lars.json").read_text())
     scores = result["held_out_top1"]
     assert set(scores) == {str(lr) for lr in eval_linear.LRS}
     assert scores[str(result["lr"])] == max(scores.values()) and "top1" in capsys.readouterr().out
+    steps = itertools.product((eval_linear.LRS, [result["lr"]]), (1, 0.5))  # one an epoch
+    for found, (lrs, share) in zip(rates, steps, strict=True):
+        assert found == pytest.approx([lr * share for lr in lrs])
+    assert len(views) == 4 and all([*view] == ["crop"] for view in views)
+    assert all((view["crop"][:, 0, 1] == 0).all() for view in views)  # as no rotation leaves it
     kept, held = eval_linear.holdout(50, 0)
     assert len(held) == 5 and sorted([*kept.tolist(), *held.tolist()]) == list(range(50))
     target, _ = eval_linear.load_encoder(ProbeConfig(run=finished, encoder="target"))

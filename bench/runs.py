@@ -9,13 +9,12 @@ operating system takes the lock back when a process ends, however it ends. An in
 on from its folder.
 """
 
-import dataclasses
 import json
 import platform
 import re
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -92,7 +91,7 @@ def cpu_model() -> str:
 def evaluate(model: nn.Module, cfg: Config) -> dict:
     """Figures of the online encoder, and kNN of the target's; on shapes, shifted images too."""
     device, encoder = next(model.parameters()).device, model.encoder.eval()
-    cfg = dataclasses.replace(cfg, stl10_split="train")  # a probe needs labels
+    cfg = replace(cfg, stl10_split="train")  # a probe needs labels
     train_set, test_set = eval_linear.load_labelled(cfg)
     classes = len(train_set.classes)
 

@@ -122,20 +122,16 @@ def make_masks(data: Images) -> Tensor:
     return torch.cat([heuristic_masks(x) for x in pixels])
 
 
-def heuristic_masks(
-    x: Tensor, least: float = 0.2, most: float = 0.65, relax: float = 0.75
-) -> Tensor:
+def heuristic_masks(x: Tensor) -> Tensor:
     """Masks (N, w, w), bool, of the objects in uint8 images (N, 3, S, S); w = min(S, 64).
 
-    Otsu's threshold is relaxed, and moved where it would leave less or more of the image than
-    `least` and `most`; then each pixel goes with the majority of its 3 x 3 neighbourhood.
+    Otsu's threshold is relaxed, and moved where it would leave less than 20 or more than 65 % of
+    the image; then each pixel goes with the majority of its 3 x 3 neighbourhood.
     """
     s = saliency(x)
-    threshold = relax * otsu(s)
-    bounds = torch.quantile(
-        s.flatten(1), torch.tensor([1 - most, 1 - least], device=s.device), dim=1
-    )  # (2, N)
-    threshold = threshold.clamp(*bounds)
+    shares = torch.tensor([1 - 0.65, 1 - 0.2], device=s.device)
+    bounds = torch.quantile(s.flatten(1), shares, dim=1)  # (2, N)
+    threshold = (0.75 * otsu(s)).clamp(*bounds)
     mask = (s >= threshold[:, None, None]).float()
     return F.avg_pool2d(mask, 3, 1, 1) > 0.45
 

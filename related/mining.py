@@ -72,16 +72,14 @@ class PotentialSamples(QueuedKeys):
 
 
 @torch.no_grad()
-def mine(
-    k: Tensor, queue: Tensor, count: int, weighting: str, tau: float = 0.1
-) -> tuple[Tensor, Tensor]:
+def mine(k: Tensor, queue: Tensor, count: int, weighting: str) -> tuple[Tensor, Tensor]:
     """The `count` rows of the queue nearest to each key (N, D), and their weights; (N, count) each.
 
     soft: a softmax of the similarities; hard: equal weights for those whose soft weight is at least
     1 / count; both: soft weights for those, 0 for the rest.
     """
     similarity, rows = (k @ queue.T).topk(count)
-    soft = (similarity / tau).softmax(1)
+    soft = (similarity / 0.1).softmax(1)
     gate = (soft >= soft.mean(1, keepdim=True)).to(soft.dtype)  # their mean is 1 / count
     if weighting == "hard":
         return rows, gate / gate.sum(1, keepdim=True)

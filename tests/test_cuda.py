@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import sacl
-from conftest import tiny
+from conftest import LeastModel, tiny
 
 STEPS = 2
 SETTINGS = {
@@ -76,7 +76,7 @@ def pretend_all(model: nn.Module, device: torch.device) -> None:
 
 
 @pytest.fixture
-def rehearse(monkeypatch, tmp_path):
+def rehearse(monkeypatch, tmp_path, short_encoder):
     """Trains on a pretended device up to the first wait: the steps done by then, and the wait."""
 
     def run(device, build=sacl.SACL, **given):
@@ -116,7 +116,6 @@ def rehearse(monkeypatch, tmp_path):
                 raise
         return len(done), wait.value
 
-    monkeypatch.setitem(sacl.SEResNet.BLOCKS, "resnet18", (sacl.BasicBlock, (0, 1, 0, 0)))
     return run
 
 
@@ -202,31 +201,16 @@ WAITING = {
     "an index on the CPU": lambda loss, x: loss + x[torch.arange(2)].sum(),
     "a new tensor": lambda loss, x: loss + torch.tensor([2.0], device=x.device).sum(),
     "a copy onto the GPU": lambda loss, x: loss + torch.ones(2).to(x.device).sum(),
+    "nothing": lambda loss, x: loss,
 }
 
 
-class Linear(nn.Module):
-    """The least model that can be trained; `plan` is what else its forward does."""
-
-    def __init__(self, plan):
-        super().__init__()
-        self.encoder, self.plan = nn.Linear(3 * 16 * 16, 2), plan
-
-    def views(self, x, texture, index):
-        return (x.flatten(1).float(),)
-
-    def forward(self, x):
-        return self.plan(self.encoder(x).mean(), x)
-
-    def update_target(self, m):
-        pass
-
-
-@pytest.mark.parametrize("what", [*WAITING, "nothing", "another device"])
+@pytest.mark.parametrize("what", WAITING)
 def test_the_rehearsal_finds_a_wait(what, rehearse):
-    if what == "another device":
-        with pytest.raises(RuntimeError, match="cuda:0(,| and) cpu|cpu(,| and) cuda:0"):
-            rehearse("cuda:0", lambda cfg: Linear(lambda loss, x: loss + torch.zeros(1)))
-        return
-    done, _ = rehearse("cuda:0", lambda cfg: Linear(WAITING.get(what, lambda loss, x: loss)))
+    done, _ = rehearse("cuda:0", lambda cfg: LeastModel(cfg, WAITING[what]))
     assert done == (STEPS if what == "nothing" else 0)
+
+
+def test_the_rehearsal_finds_another_device(rehearse):
+    with pytest.raises(RuntimeError, match="cuda:0(,| and) cpu|cpu(,| and) cuda:0"):
+        rehearse("cuda:0", lambda cfg: LeastModel(cfg, lambda loss, x: loss + torch.zeros(1)))

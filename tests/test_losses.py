@@ -15,7 +15,7 @@ import torch
 from torchvision.transforms.functional import to_pil_image
 
 import sacl
-from conftest import log_of
+from conftest import flags, log_of, tiny
 
 HERE = Path(__file__).parent
 RUNS = {
@@ -29,10 +29,7 @@ RUNS = {
     "bottleneck": dict(texture="negative", arch="resnet50"),
     "post": dict(texture="none", se="post", m_schedule="cosine", warmup_epochs=1),
 }
-SMALL = dict(
-    arch="resnet18", width=8, dim=16, image_size=16, batch_size=16, epochs=4, lr=0.05, amp="off",
-    compile="off", knn_every=0, print_every=1, max_steps=20,
-)  # fmt: skip
+GIVEN = dict(epochs=4, lr=0.05, compile="off", max_steps=20)  # the rest is conftest's
 
 
 def losses(where: Path, processes: int = 1, **given) -> list[float]:
@@ -46,20 +43,16 @@ def losses(where: Path, processes: int = 1, **given) -> list[float]:
             x = torch.nn.functional.interpolate(coarse, size=16, mode="bicubic")[0].clamp(0, 1)
             to_pil_image((x * 255).byte()).save(images / "train" / str(i % 3) / f"{i:02}.png")
     out = where / "run"
-    settings = SMALL | given | dict(dataset=str(images), output_dir=str(out))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    settings = GIVEN | given | dict(dataset=str(images), output_dir=str(out))
     if processes == 1:
         with pytest.MonkeyPatch.context() as patch:  # a GPU draws other views from the same seed
             patch.setattr(sacl, "choose_device", lambda: torch.device("cpu"))
-            sacl.train(sacl.Config(**settings))
+            sacl.train(tiny(**settings))
     else:
-        words = [w for k, v in settings.items() for w in ("--" + k.replace("_", "-"), str(v))]
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        torchrun += [f"--nproc-per-node={processes}", sacl.__file__, *words]
+        torchrun += [f"--nproc-per-node={processes}", sacl.__file__, *flags(**settings)]
         cpu = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         subprocess.run(torchrun, env=os.environ | cpu, check=True, timeout=300)
-    torch.set_num_threads(threads)
     return log_of(out)
 
 
@@ -73,6 +66,7 @@ def test_losses_are_those_of_the_committed_run(name, tmp_path):
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # as conftest sets it for pytest
     runs = RUNS | {"two processes": dict(processes=2, texture="negative")}
     found = {}
     for name, given in runs.items():

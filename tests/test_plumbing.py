@@ -20,7 +20,6 @@ import signal
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -31,7 +30,7 @@ import eval_linear
 import images
 import sacl
 import shapes
-from conftest import SMALL, failing, flags, log_of, refused, tiny
+from conftest import SMALL, LeastModel, failing, flags, log_of, refused, tiny
 from eval_linear import ProbeConfig
 from sacl import Config, SEResNet, UsageError
 
@@ -88,6 +87,8 @@ def losses(folder, tmp_path_factory):
 def test_a_run_leaves_a_checkpoint_of_plain_types_backbones_of_its_step_and_a_log(finished, folder):
     saved = assert_of_one_step(finished)
     assert {"settings", "step", "images", "model", "optimizer", "scaler"} <= set(saved)
+    (sgd,) = saved["optimizer"]["param_groups"]
+    assert (sgd["momentum"], sgd["weight_decay"], sgd["nesterov"]) == (0.9, 1e-4, False)
     first, untrained, *steps = sacl.read_log(finished / "log.jsonl")
     assert Config(**first["settings"]) == tiny(folder, output_dir=finished, epochs=1, knn_every=1)
     assert {"python", "torch", "device", "precision", "processes", "git"} <= set(first["machine"])
@@ -105,7 +106,7 @@ def test_a_run_leaves_a_checkpoint_of_plain_types_backbones_of_its_step_and_a_lo
 def test_backbones_are_mended_where_a_kill_came_between_the_writes(
     written, stopped, folder, monkeypatch
 ):
-    cfg = tiny(folder, output_dir=stopped, max_steps=1)
+    cfg = tiny(folder, output_dir=stopped)
     with monkeypatch.context() as kill, pytest.raises(KeyboardInterrupt):
         # two backbones at the start, then the checkpoint, then two backbones
         kill.setattr(sacl, "save", failing(KeyboardInterrupt, written + 3, sacl.save))
@@ -113,8 +114,8 @@ def test_backbones_are_mended_where_a_kill_came_between_the_writes(
     with pytest.raises(AssertionError):
         assert_of_one_step(stopped)
     (stopped / "target_backbone.pth").unlink()
-    sacl.train(cfg)
-    assert assert_of_one_step(stopped)["step"] == 4
+    sacl.train(cfg)  # finds nothing left to train, and so nothing to save at an end
+    assert assert_of_one_step(stopped)["step"] == 6
 
 
 @pytest.mark.parametrize("which", [0, 2, 3, 4, 5])
@@ -197,12 +198,10 @@ FOREIGN = {
     "a list": [1, 2],
     "a tensor": torch.zeros(3),
     "an object": Foreign(),
-    "settings as an object": {"args": SimpleNamespace(lr=1), "state_dict": {}},
     "half a file": None,
     "nothing": b"",
     "text": b"Not a checkpoint at all.",
     "of an older version": {"settings": {"tau": 0.2}, "step": 1, "model": {}, "optimizer": {}},
-    "alike": {"settings": 3, "step": 1, "images": []},
 }
 
 
@@ -377,13 +376,6 @@ def test_images_in_memory_are_known_by_a_checksum():
     assert names[0] == names[1] != names[2]
 
 
-def test_max_steps_given_twice_goes_on_twice(folder, tmp_path, capsys):
-    for _ in range(2):
-        sacl.main(flags(folder, output_dir=tmp_path, max_steps=2))
-        assert "the same command goes on" in capsys.readouterr().out
-    assert len(log_of(tmp_path)) == 4
-
-
 def test_max_hours_stops_between_the_lines_of_the_log_and_saves(folder, tmp_path, losses):
     model = sacl.train(tiny(folder, output_dir=tmp_path, max_hours=1e-9, print_every=1000))
     assert assert_of_one_step(tmp_path)["step"] == 1 and model.training
@@ -436,27 +428,14 @@ def test_weights_that_are_not_finite_are_never_saved(folder, tmp_path):
     assert assert_of_one_step(tmp_path / "a")["step"] == 0
 
 
-class OtherModel(torch.nn.Module):
-    """The least that `train` asks of a model."""
-
-    def __init__(self, cfg):
-        super().__init__()
-        self.encoder = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(768, 8))
-
-    def views(self, x, texture, index):
-        return (x / 255,)
-
-    def forward(self, x):
-        return self.encoder(x).square().mean()
-
-    def update_target(self, m):
-        pass
-
-
-def test_another_model_goes_on_too(folder, tmp_path):
+def test_another_model_goes_on_too_and_gets_the_m_of_the_log(folder, tmp_path, capsys):
+    """And the same command, --max-steps with it, goes on each time."""
+    cfg = tiny(folder, output_dir=tmp_path, max_steps=1, m_schedule="cosine")
     for step in (1, 2):
-        sacl.train(tiny(folder, output_dir=tmp_path, max_steps=1), OtherModel)
+        model = sacl.train(cfg, LeastModel)
         assert torch.load(tmp_path / "checkpoint.pth", weights_only=True)["step"] == step
+        assert "the same command goes on" in capsys.readouterr().out
+    assert model.m == sacl.read_log(tmp_path / "log.jsonl")[-1]["m"] > 0.99
 
 
 def test_a_run_of_a_gpu_is_evaluated_on_a_cpu(run):
@@ -568,6 +547,23 @@ def test_archives_are_found_deep_in_folders_of_any_name(cifar, tmp_path):
     assert data.labels.tolist() == [i % 10 for i in range(20)] and len(data.classes) == 10
 
 
+def test_stl10_is_read_in_its_own_layout_and_probed_by_its_labelled_images(
+    finished, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(torchvision.datasets.STL10, "_check_integrity", lambda self: True)
+    root, (x, more) = tmp_path / "stl10_binary", torch.randint(256, (2, 2, 3, 96, 96)).byte()
+    root.mkdir()
+    for name, pixels in {"train": x, "unlabeled": more, "test": x}.items():
+        (root / f"{name}_X.bin").write_bytes(pixels.mT.contiguous().numpy().tobytes())
+        (root / f"{name}_y.bin").write_bytes(bytes([1, 10]))
+    (root / "class_names.txt").write_text("\n".join("0123456789"))
+    data = sacl.load_data(Config(dataset="stl10", data_dir=tmp_path), "train")
+    assert torch.equal(data.pixels, torch.cat([x, more]))
+    assert data.labels.tolist() == [0, 9, -1, -1]
+    _, run = eval_linear.load_encoder(ProbeConfig(run=finished, dataset="stl10", data_dir=tmp_path))
+    assert [part.labels.tolist() for part in eval_linear.load_labelled(run)] == [[0, 9]] * 2
+
+
 def test_an_archive_that_was_unpacked_in_part_is_told_as_that(cifar, tmp_path):
     whole = cifar.rename(cifar.parent / "cifar-10-batches-py")
     words = ["--dataset", "cifar10", "--data-dir", tmp_path, "--output-dir", tmp_path / "a"]
@@ -637,11 +633,8 @@ MEMORY = "out of memory: end other programs, or choose a smaller --batch-size an
 @pytest.mark.parametrize("where, error, told", [
     fault("drive", "load_data", OSError(5, "Input/output error", "1.png"), "1.png: Input/output"),
     fault("drive", "load", OSError(5, "Input/output error"), "Input/output error"),
-    fault("files", "take", OSError(24, "Too many open files"), "Too many open files"),
-    fault("memory", "load_data", MemoryError(), MEMORY),
     fault("memory", "load", MemoryError(), MEMORY),
     fault("memory", "load", no_memory(), MEMORY),
-    fault("memory", "take", no_memory(), MEMORY),
     fault("GPU memory", "take", torch.OutOfMemoryError("CUDA out of memory"), MEMORY),
     fault("picture", "load_data", MemoryError("1.png: out of memory"), "1.png: out of memory"),
 ])  # fmt: skip
@@ -659,7 +652,7 @@ def test_an_interrupt_says_that_the_same_command_goes_on(folder, tmp_path, losse
     words = flags(folder, output_dir=tmp_path)
     with monkeypatch.context() as key:
         key.setattr(sacl, "take", failing(KeyboardInterrupt, 1))
-        assert "the same training command goes on" in refused(*words, code=130)
+        assert "the same command goes on" in refused(*words, code=130)
     sacl.main(words)
     assert log_of(tmp_path) == losses
 
@@ -681,10 +674,10 @@ def test_a_fault_of_the_gpu_is_not_told_as_a_lack_of_memory():
 
 
 def test_a_batch_that_cannot_be_filled_is_refused(folder, tmp_path, monkeypatch):
-    assert "at most all 48 images" in refused(*flags(folder, output_dir=tmp_path, batch_size=49))
+    assert "at most 48, the number" in refused(*flags(folder, output_dir=tmp_path, batch_size=49))
     data = sacl.load_data(tiny(folder), "train")
     monkeypatch.setattr(sacl, "world_size", lambda: 3)
-    with pytest.raises(UsageError, match="--batch-size 16: .* a multiple of the 3 processes"):
+    with pytest.raises(UsageError, match="--batch-size 16: .* a multiple of 3, and at least 6"):
         sacl.steps_in_epoch(tiny(), data)
 
 
@@ -713,10 +706,7 @@ def test_weights_of_another_network_are_told_as_that(kind, run):
     )
 
 
-@pytest.mark.parametrize("content", [
-    "", "[]", "3", "null", '{"model_type": "vit"}', '{"arch": 50}', '{"dataset": null}', "{half",
-    "\xff", '{"arch": "resnet18", "width": 8, "image_size": "large"}',
-])  # fmt: skip
+@pytest.mark.parametrize("content", ["", "[]", '{"model_type": "vit"}', '{"arch": 50}', "\xff"])
 def test_another_programs_config_is_told_as_that(content, run):
     (run / "config.json").write_bytes(content.encode("latin-1"))
     assert "config.json holds no settings" in refused(run, program=eval_linear)

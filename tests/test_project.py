@@ -17,13 +17,13 @@ HERE = Path(__file__).resolve().parent.parent
 FILES = [p for p in HERE.rglob("*.py") if not {".venv", "runs"} & set(p.parts)]
 BUDGETS = {  # lines, and lines of code: neither blank, nor comments, nor docstrings
     "sacl.py": (1399, 971),
-    "images.py": (351, 266),
-    "texture.py": (476, 304),
+    "images.py": (342, 258),
+    "texture.py": (464, 296),
     "shapes.py": (102, 70),
     "eval_linear.py": (282, 205),
     "test_sacl.py": (711, 510),
-    "tests/*.py": (3691, 2787),
-    "related/*.py": (650, 339),
+    "tests/*.py": (3650, 2755),
+    "related/*.py": (644, 333),
     "bench/*.py": (1948, 1396),
     "README.md": (150, None),
 }

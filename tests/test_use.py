@@ -23,7 +23,6 @@ def trained(out: Path, **given) -> tuple[sacl.SEResNet, torch.Tensor]:
 
     In double precision, so that nothing but rounding in the last digits can differ.
     """
-    torch.manual_seed(0)
     cfg = sacl.Config(dataset="cifar100", output_dir=str(out), **given)
     encoder = sacl.SEResNet(cfg.arch, cfg.se, cfg.reduction, cfg.stem, cfg.width).double()
     for name, x in encoder.state_dict().items():
