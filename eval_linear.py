@@ -45,7 +45,7 @@ class ProbeConfig:
     epochs: int = 0  # 0, paper: 200, but 100 for imagenet100
     batch_size: int = 128  # paper
     lr: float = 0.9  # paper; ours: cosine to 0
-    lr_sweep: bool = False  # ours: choose among LRS on a tenth of the training set
+    lr_sweep: bool = False  # ours: choose among 0.1 to 8.1 on a tenth of the training set
     sgd_momentum: float = 0.9  # ours
     weight_decay: float = 0.0  # ours
     trust: float = 0.001  # ours: LARS's trust coefficient
@@ -126,9 +126,9 @@ def load_encoder(cfg: ProbeConfig) -> tuple[SEResNet, Config]:
         run = Config(**json.loads(settings.read_text()))
     except (ValueError, TypeError) as error:  # UsageError is a ValueError
         raise UsageError(f"{settings} holds no settings of this program: {error}") from None
-    encoder, weights = SEResNet(run.arch, run.se, run.reduction, run.stem, run.width), {}
+    encoder = SEResNet(run.arch, run.se, run.reduction, run.stem, run.width)
+    weights = sacl.read_weights(path)
     try:
-        weights = sacl.read_weights(path)
         encoder.load_state_dict(weights)
     except (RuntimeError, TypeError, AttributeError):
         raise UsageError(f"{path} does not fit the encoder that {settings} describes") from None
@@ -171,8 +171,9 @@ def train_heads(encoder, data: Images, rows: Tensor, run: Config, cfg: ProbeConf
     heads = [linear(encoder.dim, len(data.classes), device) for _ in lrs]
     groups = [dict(params=head.parameters(), base=lr) for head, lr in zip(heads, lrs, strict=True)]
     optimizer = LARS(groups, cfg.lr, cfg.sgd_momentum, cfg.weight_decay, cfg.trust)
-    views = dict(crop_min=cfg.crop_min, batch_size=min(cfg.batch_size, len(rows)), seed=cfg.seed)
-    run = replace(run, **views)
+    # no rotation, as "geometric" has it, and below no colours
+    views = dict(weak="common", crop_min=cfg.crop_min, seed=cfg.seed)
+    run = replace(run, **views, batch_size=min(cfg.batch_size, len(rows)))
     labels, dtype = data.labels.to(device), sacl.precision(run, device)
     for epoch in range(cfg.epochs):
         order = rows[sacl.epoch_order(len(rows), run, epoch)]
@@ -181,7 +182,7 @@ def train_heads(encoder, data: Images, rows: Tensor, run: Config, cfg: ProbeConf
                 done = (epoch * len(order) + i) / (cfg.epochs * len(order))
                 group["lr"] = group["base"] * sacl.cosine(done, 1)
             x = sacl.take(data.pixels, index, device)
-            crop = {"crop": sacl.sample_view(len(x), run, device)["crop"]}  # and no colours
+            crop = {"crop": sacl.sample_view(len(x), run, device)["crop"]}
             view = sacl.augment(x, crop, run.image_size)
             with sacl.autocast(device, dtype):
                 features = encoder(view).float()

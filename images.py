@@ -9,7 +9,6 @@ are not an image's fault and pass as they are.
 """
 
 import contextlib
-import errno
 import hashlib
 import io
 import itertools
@@ -59,11 +58,8 @@ def list_images(root: Path, split: str) -> Listing | None:
     depth. Without them all images are for training; names that only resemble them are refused. The
     folders that divide a split's images are its classes; one that holds all of them is no class.
     """
-    root = Path(root)
     if split not in ("train", "test"):
         raise ValueError(f"split {split!r}: must be train or test")
-    if not root.is_dir():
-        raise ValueError(f"{root}: there is no such folder")
     sizes, skipped = scan(root)
     train_folder, folders, rest = find_splits(root, sizes)
     train = list_split(root, train_folder, sizes, skipped)
@@ -98,21 +94,16 @@ def scan(root: Path) -> tuple[dict[tuple, int], dict[tuple, str]]:
             continue
         for entry in os.scandir(where):
             path, kind = (*folder, entry.name), Path(entry.name).suffix.lower()
-            try:
-                if entry.name.startswith(".") or entry.name in SYSTEM:
-                    skipped[path] = "hidden"
-                elif entry.is_dir():
-                    waiting.append((entry.path, path, around | {this}))
-                elif not entry.is_file():
-                    skipped[path] = "broken link" if entry.is_symlink() else "other"
-                elif kind in kinds:
-                    sizes[path] = entry.stat().st_size
-                else:
-                    skipped[path] = kind if re.fullmatch(r"\.[a-z]\w{0,4}", kind) else "other"
-            except OSError as error:
-                if error.errno != errno.ELOOP:
-                    raise
-                skipped[path] = "link in a circle"
+            if entry.name.startswith(".") or entry.name in SYSTEM:
+                skipped[path] = "hidden"
+            elif entry.is_dir():
+                waiting.append((entry.path, path, around | {this}))
+            elif not entry.is_file():
+                skipped[path] = "broken link" if entry.is_symlink() else "other"
+            elif kind in kinds:
+                sizes[path] = entry.stat().st_size
+            else:
+                skipped[path] = kind if re.fullmatch(r"\.[a-z]\w{0,4}", kind) else "other"
     return sizes, skipped
 
 

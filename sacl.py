@@ -71,12 +71,13 @@ class UsageError(ValueError):
 class Config:
     """The paper's settings for CIFAR-100; `ours` marks what the paper leaves open.
 
-    Config(dataset="stl10", lr=0.2): the rest comes from DATASETS, then from the values below.
+    Config(dataset="stl10", lr=0.2): the rest comes from DATASETS (for shapes a small network and
+    few epochs, for others an image size), then from the values below.
     """
 
     # data
     dataset: str = "shapes"  # shapes, cifar10, cifar100, stl10, imagenet100, or an image folder
-    data_dir: str = "data"  # searched for <name>/{train,test|val}/<class>/, then downloaded to
+    data_dir: str = "data"  # has <name>/{train,test|val}/<class>/ or an archive, else gets one
     decoded_dir: str = "runs/decoded"  # where more than 4 GiB of images are decoded to, once
     output_dir: str = ""  # "": runs/<dataset>, and -seed<seed> unless it is 0
     image_size: int = 32  # side of a view in pixels; 224 for an image folder
@@ -95,12 +96,12 @@ class Config:
     combine: int = 2  # i of Eq. (2); ours: the paper gives 1 <= i <= n^2
     tau: float = 0.2  # temperature; Sec. 3.2
     m: float = 0.99  # momentum of the target; best of Table 6; Sec. 2.4 says 0.999
-    m_schedule: Literal["constant", "cosine"] = "constant"  # cosine: from m to 1
+    m_schedule: Literal["constant", "cosine"] = "constant"  # ours; cosine: from m to 1
     texture: Literal["negative", "positive", "none"] = "negative"  # Sec. 0 | Sec. 2.5 | Algorithm 1
     texture_alpha: float = 1.0  # ours: weight of the texture's similarity; 0 is not "none"
     texture_negatives: Literal["own", "batch"] = "own"  # ours: each image's own texture, or all
     texture_seeds: int = 0  # ours: side of the lattice textures grow from; 0: by size, 3 at 32 px
-    texture_bank: str = ""  # file of textures, for images over 96 px (CPU: 64); made on first use
+    texture_bank: str = ""  # file of textures, for large or very many images; made on first use
     negatives: Literal["cross", "eq10"] = "cross"  # Algorithm 1, or also the same view's keys
     # views (Sec. 3.2)
     weak: Literal["common", "geometric"] = "common"  # ours: what "weak augmentation" is
@@ -108,9 +109,9 @@ class Config:
     # optimisation (Sec. 3.2, 3.5)
     epochs: int = 200
     batch_size: int = 128  # over all GPUs
-    lr: float = 0.1  # at batch 128, by a cosine; ours: down to 0, in proportion to the batch
+    lr: float = 0.1  # at the start, then a cosine; ours: to 0; times batch_size / 128
     sgd_momentum: float = 0.9  # ours: the paper's "momentum 0.99" must be m
-    weight_decay: float = 1e-4
+    weight_decay: float = 1e-4  # ours: of every parameter
     warmup_epochs: int = 0  # ours
     seed: int = 0
     # run
@@ -144,8 +145,8 @@ DATASETS = {
     "cifar10": {}, "cifar100": {}, "stl10": dict(image_size=96),
     "imagenet100": dict(image_size=224, epochs=100),
 }  # fmt: skip
-# settings that may differ on resume: the images are known by name and size, a bank's textures are
-# drawn as others are, and the rest does not change what is learned, but for rounding
+# settings that may differ on resume: images are compared by name and size instead, a bank has
+# textures of the same kind (4 of each image for good), and the rest changes nothing but rounding
 FREE = {"dataset", "data_dir", "decoded_dir", "output_dir", "texture_bank", "amp", "compile",
         "knn_every", "print_every", "max_steps", "max_hours", "changed_images"}  # fmt: skip
 
@@ -217,8 +218,8 @@ class SACL(nn.Module):
         """Two views of uint8 images x (N, 3, S, S) and, where given, one of their textures.
 
         ours: a negative is cropped and coloured as view 1 is, so that nothing but the texture
-        itself tells it from its image (Ge et al., NeurIPS 2021); a positive is the second view of
-        the pair and has that view's draw: with view 1's, crop and colours would give it away.
+        itself tells it from its image (Ge et al., NeurIPS 2021). A positive takes the place of view
+        2 and has its draw: with view 1's, equal crops and colours would make the pair too easy.
         index (N,), the images' places in the dataset, is for models that keep a memory of them.
         """
         size, device = self.cfg.image_size, x.device
@@ -234,7 +235,7 @@ class SACL(nn.Module):
         cells = split(x, self.cfg.grid)  # (G, N, 3, h, w)
         h = self.encoder(cells.flatten(0, 1)).unflatten(0, cells.shape[:2])  # (G, N, C)  Eq. (1)
         e = combine(h, self.cfg.combine)  # (M, N, C)  Eq. (2)
-        z = self.projector(e.flatten(0, 1))  # (M N, D)  z = g(y) of Sec. 2, e being its y
+        z = self.projector(e.flatten(0, 1))  # (M N, D)  z = g(e); Sec. 2 calls e y
         return self.predictor(z).unflatten(0, e.shape[:2])  # (M, N, D)
 
     @torch.no_grad()
@@ -286,8 +287,8 @@ def split(x: Tensor, grid: int) -> Tensor:
 def combine(h: Tensor, pick: int) -> Tensor:
     """Eq. (2): the mean of every `pick` of the G cells' features, (G, N, C) -> (M, N, C).
 
-    M = G choose pick, in the order of itertools.combinations. The cells are averaged as they are:
-    neither concatenated nor normalised.
+    M = G choose pick, in the order of itertools.combinations. ours: all of them, and the features
+    as they are, neither concatenated nor normalised.
     """
     means = [torch.stack(cells).mean(0) for cells in itertools.combinations(h, pick)]  # (N, C) each
     return torch.stack(means)  # (M, N, C)
@@ -430,6 +431,7 @@ class SEResNet(nn.Module):
         self.dim = c_in
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
+                # ours: the paper has no word on initial weights
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             elif isinstance(module, Block) and se in ("standard", "pre", "none"):
                 # ours: each block starts as the identity (Goyal et al. 2017); where the gate sits
@@ -460,7 +462,7 @@ def mlp(widths: list[int], last_bn: bool) -> nn.Sequential:
 
 
 # ------------------------------------------------------------ 4. Views (Section 2.1, 3.2)
-# ours: one normalisation for every dataset, ImageNet's, so that a backbone needs no other note
+# ours: ImageNet's normalisation for every dataset, so that all backbones take images alike
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -543,13 +545,13 @@ def shift_hue(x: Tensor, turns: Tensor) -> Tensor:
 
 def normalize(x: Tensor) -> Tensor:
     """Images in [0, 1], (N, 3, H, W), by MEAN and STD."""
-    # numbers, since tensors made of them would be copied to a GPU, and each copy waits for it
+    # plain numbers: as tensors they would be copied to the GPU, and each copy waits for it
     colours = zip(x.unbind(1), MEAN, STD, strict=True)
     return torch.stack([(c - mean) / std for c, mean, std in colours], 1)
 
 
 def eval_view(x: Tensor, size: int) -> Tensor:
-    """uint8 images (N, 3, S, S) without augmentation: their centre, (N, 3, size, size)."""
+    """uint8 images (N, 3, S, S) without augmentation: all or the centre, (N, 3, size, size)."""
     x, side = x.float() / 255, stored_side(size)
     if x.shape[-1] != side:
         x = F.interpolate(x, size=side, mode="bilinear", antialias=True)
@@ -558,7 +560,7 @@ def eval_view(x: Tensor, size: int) -> Tensor:
 
 
 def stored_side(size: int) -> int:
-    """The side of the squares that views of `size` px are cut from: above 96 px as 224 from 256."""
+    """Side of the squares that views of `size` px are cut from: above 96 px 8/7, as 256 for 224."""
     return size if size <= 96 else round(size * 8 / 7)
 
 
@@ -671,9 +673,9 @@ def find_archive(data_dir: Path, kind: type) -> Path | None:
 
 
 def take(images: Tensor | np.ndarray, index: Tensor, device: torch.device) -> Tensor:
-    """The images of these rows, (N, 3, S, S), on the device; of K textures each, one at random."""
+    """The images of these rows, (N, 3, S, S), on the device; of T textures each, one at random."""
     rows = [index]
-    if images.ndim == 5:  # a bank, (L, K, 3, S, S)
+    if images.ndim == 5:  # a bank, (L, T, 3, S, S)
         rows.append(torch.randint(images.shape[1], index.shape))
     if isinstance(images, Tensor):
         return images[tuple(row.to(images.device, non_blocking=True) for row in rows)].to(device)
@@ -696,7 +698,7 @@ TEXTURE_EPOCHS = 20  # ours: epochs between new textures, where they are made in
 def make_textures(data: Images, cfg: Config, epoch: int) -> Tensor | np.ndarray | None:
     """A texture of each image, (L, 3, S, S), from (seed, period of the epoch) alone.
 
-    Or a bank of several for each, (L, K, 3, S, S), mapped from a file; None where none is used.
+    Or a bank of T for each, (L, T, 3, S, S), mapped from a file; None where none is used.
     """
     if cfg.texture == "none":
         return None
@@ -707,7 +709,7 @@ def make_textures(data: Images, cfg: Config, epoch: int) -> Tensor | np.ndarray 
             names = zlib.crc32("\n".join(data.names).encode())
             options |= dict(seed=cfg.seed, images_id=f"{names:08x}", log=say)
             options["device"] = "cuda" if torch.cuda.is_available() else "cpu"
-            with claim(Path(f"{cfg.texture_bank}.lock"), wait=True):
+            with first_of_machine(), claim(Path(f"{cfg.texture_bank}.lock"), wait=True):
                 return texture.bank(data.pixels, cfg.texture_bank, **options)
         say(f"making {len(data.pixels)} textures for the epochs from {epoch + 1} on")
         generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + epoch // TEXTURE_EPOCHS)
@@ -721,7 +723,9 @@ def require_bank(cfg: Config, side: int, mapped: bool = False) -> None:
     """Textures of large images would take hours again and again; of very many, all the memory."""
     most = 96 if torch.cuda.is_available() else 64
     if cfg.texture != "none" and not cfg.texture_bank and (mapped or side > most):
-        large = f"images of {side} px" if side > most else "so many images"
+        large = "so many images"
+        if side > most:
+            large = f"images of {side} px (--image-size {cfg.image_size})"
         advice = "give --texture-bank FILE, where the run keeps them, "
         advice += f"an --image-size up to {most}, " * (side > most) + "or --texture none"
         raise UsageError(f"--texture {cfg.texture}: textures of {large} need a file: {advice}")
@@ -863,18 +867,15 @@ def run_epochs(cfg: Config, build, train_set, test_set, device, began) -> nn.Mod
         say(f"the images have changed: step {done} becomes step {step} of {total}")
     earlier, epoch_loss = saved["seconds"], saved["epoch_loss"] * steps / then
     last = min(total, step + cfg.max_steps) if cfg.max_steps else total
-    textures = None
-    if step < last:  # a finished run needs none
-        with first_of_machine() if cfg.texture_bank else contextlib.nullcontext():
-            textures = make_textures(train_set, cfg, step // steps)
+    # a finished run needs none
+    textures = make_textures(train_set, cfg, step // steps) if step < last else None
     if rank() == 0:
         if saved is fresh:  # a full disk shows before anything is trained
             save_run(*run, **fresh)
         else:
             save_backbones(out, encoders)  # a kill may have come between them and the checkpoint
-        kept = read_log(out / "log.jsonl")[: saved["log_lines"]]
         facts = dict(machine=describe_machine(device, dtype), images=len(images))
-        start_log(out, cfg, step, kept, facts | dict(steps_per_epoch=steps))
+        start_log(out, cfg, step, saved["log_lines"], facts)
         if test_set and step == 0 and last >= steps * min(cfg.knn_every, cfg.epochs):
             small = len(images) * 12 * cfg.image_size**2 <= 2 << 30  # bytes, as float32
             shown = ({"pixels": nn.Flatten()} if small else {}) | encoders
@@ -974,9 +975,9 @@ def explain_demo(out: Path, device: torch.device) -> None:
     say(f"linear evaluation: python eval_linear.py {out} --probe lbfgs")
     say("your own images: python sacl.py --dataset FOLDER --image-size 64 --arch resnet18")
     with contextlib.suppress(torch.OutOfMemoryError):  # of a small GPU
-        hours = f"{hours_of_the_paper(device):,.0f}"
-        about = "less than" if device.type == "cuda" else "about"  # there it will be compiled
-        say(f"the paper's run, --dataset cifar100: {about} {hours} hours on this {device.type}")
+        here, hours = device.type, f"{hours_of_the_paper(device):,.0f}"
+        here += ", less if it is compiled" * (here == "cuda")
+        say(f"the paper's run, --dataset cifar100: about {hours} hours on this {here}")
 
 
 def hours_of_the_paper(device: torch.device) -> float:
@@ -1036,8 +1037,9 @@ def steps_in_epoch(cfg: Config, train_set: Images) -> int:
     """The whole batches of an epoch; refuses a batch that the images or processes do not fill."""
     n, count, world = cfg.batch_size, len(train_set.pixels), world_size()
     if n > count or n % world or n < 2 * world:
-        several = f", and a multiple of the {world} processes, 2 images or more each" * (world > 1)
-        raise UsageError(f"--batch-size {n}: must be at most all {count} images{several}")
+        several = f"; with {world} processes a multiple of {world}, and at least {2 * world}"
+        most = f"must be at most {count}, the number of images" + several * (world > 1)
+        raise UsageError(f"--batch-size {n}: {most}")
     return count // n
 
 
@@ -1285,9 +1287,10 @@ def read_weights(path: Path) -> dict:
         raise UsageError(f"{path} {fault}: restore it from a copy, or use another folder") from None
 
 
-def start_log(out: Path, cfg: Config, step: int, log: list[dict], facts: dict) -> None:
+def start_log(out: Path, cfg: Config, step: int, kept: int, facts: dict) -> None:
     """Print what runs; keep the log's lines up to the checkpoint, since later steps come again."""
-    log.append(facts | ({"resumed_at": step} if step else {"settings": asdict(cfg)}))
+    head = facts | ({"resumed_at": step} if step else {"settings": asdict(cfg)})
+    log = [*read_log(out / "log.jsonl")[:kept], head]
     write(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log).encode())
     write(out / "config.json", json.dumps(asdict(cfg), indent=1).encode())
     for part in (asdict(cfg), facts["machine"]):
@@ -1357,7 +1360,7 @@ def command(program: str, job: Callable[[], object]) -> None:
     try:
         return job()
     except KeyboardInterrupt:
-        message = "stopped; the same training command goes on from its last checkpoint, if any"
+        message = "stopped; the same command goes on from the last checkpoint; a probe begins anew"
         code = 130
     except (FloatingPointError, UsageError) as error:
         message, code = str(error), 2 if isinstance(error, UsageError) else 1

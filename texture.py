@@ -10,9 +10,9 @@
 
     B images, n patches of C x s x s each, S = n s^2 candidates, K = window^2 - 1 neighbours.
 
-The paper fills one pixel after another. But its order depends on which pixels are filled, never on
-their colours, so all B images share it; and two pixels further apart than half a window do not see
-each other, so they can be filled together with the very result of one after the other.
+Efros and Leung fill one pixel after another. But their order depends on which pixels are filled,
+never on their colours, so all B images share it; and two pixels further apart than half a window do
+not see each other, so they can be filled together with the very result of one after the other.
 
     texture_views(images)                           one for each image of a batch, of its size
     synthesize(images[:, None], 128, window=11)     of any size, grown from the whole images
@@ -24,7 +24,6 @@ import functools
 import math
 import os
 import shutil
-import sys
 import time
 import zlib
 from pathlib import Path
@@ -35,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-SEED = 3  # the paper starts from a 3x3 block of the sample
+SEED = 3  # Efros and Leung start from a 3x3 block of the sample
 TOLERANCE = 5e-7  # float32 rounding of a mean squared difference of colours in [0, 1]
 BLOCK = 3 * 2**20  # bytes of a bank between two writes: 1024 textures of 32 px, 20 of 224
 OUTSIDE = 1e12  # squared "colour" outside the sample: makes windows that leave it lose
@@ -52,7 +51,7 @@ def texture_views(
     of `synthesize`. ValueError names a bad argument.
     """
     sources = two_patches(images, patch, generator)
-    # ours: one seed, as in the paper, copies the object's layout; a lattice of seeds destroys it
+    # ours: a lattice of seeds; the one seed of Efros and Leung copies the object's layout
     seeds = max(1, round(0.53 * min(images.shape[2:]) ** 0.5)) if seeds is None else seeds
     return synthesize(sources, images.shape[2:], seeds=seeds, generator=generator, **options)
 
@@ -84,7 +83,6 @@ def synthesize(
     window: int = 5,
     seeds: int = 1,
     eps: float = 0.1,
-    order: str = "onion",
     generator: Generator | None = None,
     chunk_bytes: int | None = None,
     return_index: bool = False,
@@ -94,12 +92,10 @@ def synthesize(
     sources       uint8, or float in [0, 1]. The textures are gathered from them bit for bit and
                   have their dtype and device. Arithmetic is float32 (float64 for float64).
     out_size      H = W, or (H, W), in pixels.
-    window        side of the neighbourhood, odd, 3..s: the paper's one parameter. It may leave the
+    window        side of the neighbourhood, odd, 3..s: the method's one parameter. It may leave the
                   sample where nothing is known yet (Aguerrebere et al., IPOL 2013).
     seeds         k: start from k x k blocks of the sources, equally many of each patch. Paper: 1.
     eps           a window within (1 + eps) of the best is a candidate; one is drawn uniformly.
-    order         how ties of equally many filled neighbours break: "onion" (for few levels) or
-                  "random" (the paper; one fixed permutation, see `fill_schedule`).
     generator     of the CPU, draws everything; None is torch's own. Chunks change no draw.
     chunk_bytes   working memory to stay within, though never less than one image's.
     return_index  also return (B, H, W) int64, the source position n s^2 + y s + x of each pixel.
@@ -117,7 +113,7 @@ def synthesize(
     candidates = n * s**2
     tickets = candidates + height * width
     require(tickets < 2**24, "sources and out_size exceed 2^24 pixels: float32 cannot count them")
-    schedule = fill_schedule(height, width, window, seeds, order)
+    schedule = fill_schedule(height, width, window, seeds)
 
     device, dtype = sources.device, torch.promote_types(sources.dtype, torch.float32)
     # everything random is drawn here, for the whole batch: chunks cannot change it
@@ -235,24 +231,21 @@ class Step(NamedTuple):
 
 
 @functools.lru_cache(maxsize=64)
-def fill_schedule(
-    out_h: int, out_w: int, window: int, seeds: int, order: str = "onion", order_seed: int = 0
-) -> Schedule:
+def fill_schedule(out_h: int, out_w: int, window: int, seeds: int) -> Schedule:
     """The paper's sequence of pixels, and the earliest level at which each can be filled.
 
     Ring by ring, the unfilled pixels that touch a filled one, those with the most filled pixels in
-    their window first; ties at random, or for "onion" so that many can be filled together. A
+    their window first; ties, at random in theirs, so that many can be filled together. A
     pixel's level is 1 + the highest of the earlier pixels in its window, so filling level by level
     equals filling in sequence. Cached: do not write to it. ValueError names a bad argument.
     """
     odd = is_int(window) and window >= 3 and window % 2 == 1
     require(odd, f"window={window!r} must be an odd integer of 3 or more")
     require(is_int(seeds) and seeds >= 1, f"seeds={seeds!r} must be a positive integer")
-    require(order in ("onion", "random"), f"order={order!r} must be 'onion' or 'random'")
     crowd = f"seeds={seeds}: {seeds} x {seeds} blocks of {SEED} x {SEED} do not fit"
     require(min(out_h, out_w) >= SEED * seeds, f"{crowd} in out_size={out_h} x {out_w}")
 
-    half, sequence, random = window // 2, [], np.random.default_rng(order_seed)
+    half, sequence = window // 2, []
     padded = np.full((out_h + 2 * half, out_w + 2 * half), -1, np.int64)  # -1: not filled
     level = padded[half:-half, half:-half]
     # block a of k sits in the middle of the a-th k-th of its side
@@ -264,9 +257,8 @@ def fill_schedule(
     while (level < 0).any():
         y, x = np.nonzero((level < 0) & (touching >= 0).any((2, 3)))
         known = (seen[y, x] >= 0).sum((1, 2))
-        # onion: first those whose turn can come early, then by places that do not see each other
-        onion = x % (half + 1), y % (half + 1), seen[y, x].max((1, 2))
-        ties = onion if order == "onion" else (random.permutation(len(y)),)
+        # ties: first those whose turn can come early, then by places that do not see each other
+        ties = x % (half + 1), y % (half + 1), seen[y, x].max((1, 2))
         ring = np.stack([y, x], 1)[np.lexsort((*ties, -known))]
         for i, j in ring:
             level[i, j] = seen[i, j].max() + 1
@@ -360,7 +352,7 @@ def exact_products(device: torch.device):
 def bank(
     images, path, *, textures=4, seed=0, device="cpu", log=print, images_id="", **options
 ) -> np.memmap:
-    """K = `textures` textures of every image, in the file `path`: .npy, uint8 (N, K, C, H, W).
+    """T = `textures` textures of every image, in the file `path`: .npy, uint8 (N, T, C, H, W).
 
     images     uint8 (N, C, H, W): a tensor on any device, or a np.memmap.
     images_id  a short text that tells the images from others, such as a digest of their names;
@@ -456,8 +448,3 @@ def write_at(path: Path, place: int, data) -> None:
     except OSError as error:
         kept = f"{error.strerror} (what is written is kept; the same command goes on from there)"
         raise OSError(error.errno, kept, str(path)) from None
-
-
-if __name__ == "__main__" and "__file__" in globals():  # it was a command once
-    print("texture.py is no command: import it and call texture.synthesize", file=sys.stderr)
-    sys.exit(2)
