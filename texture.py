@@ -24,6 +24,7 @@ import functools
 import math
 import os
 import shutil
+import sys
 import time
 import zlib
 from pathlib import Path
@@ -448,3 +449,8 @@ def write_at(path: Path, place: int, data) -> None:
     except OSError as error:
         kept = f"{error.strerror} (what is written is kept; the same command goes on from there)"
         raise OSError(error.errno, kept, str(path)) from None
+
+
+if __name__ == "__main__" and "__file__" in globals():  # it was a command once
+    print("texture.py is no command: import it and call texture.synthesize", file=sys.stderr)
+    sys.exit(2)

@@ -18,7 +18,7 @@ FILES = [p for p in HERE.rglob("*.py") if not {".venv", "runs"} & set(p.parts)]
 BUDGETS = {  # lines, and lines of code: neither blank, nor comments, nor docstrings
     "sacl.py": (1399, 971),
     "images.py": (342, 258),
-    "texture.py": (464, 296),
+    "texture.py": (470, 300),
     "shapes.py": (102, 70),
     "eval_linear.py": (282, 205),
     "test_sacl.py": (711, 510),

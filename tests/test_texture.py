@@ -5,6 +5,7 @@ python -m pytest tests/test_texture.py
 
 import errno
 import itertools
+import runpy
 from types import SimpleNamespace
 
 import numpy as np
@@ -542,6 +543,13 @@ def test_a_bad_argument_of_a_bank_is_named_and_leaves_no_file_in_the_way(tmp_pat
     with pytest.raises(ValueError, match=name):
         texture.bank(**good | change)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_of_old_says_that_it_is_gone(capsys):
+    """Silence would be taken for success."""
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(texture.__file__, run_name="__main__")
+    assert stop.value.code == 2 and "texture.synthesize" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------ in a run
