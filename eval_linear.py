@@ -171,7 +171,7 @@ def train_heads(encoder, data: Images, rows: Tensor, run: Config, cfg: ProbeConf
     heads = [linear(encoder.dim, len(data.classes), device) for _ in lrs]
     groups = [dict(params=head.parameters(), base=lr) for head, lr in zip(heads, lrs, strict=True)]
     optimizer = LARS(groups, cfg.lr, cfg.sgd_momentum, cfg.weight_decay, cfg.trust)
-    # no rotation, as "geometric" has it, and below no colours
+    # crops as "common" has them, without the rotation of "geometric"; below without its colours
     views = dict(weak="common", crop_min=cfg.crop_min, seed=cfg.seed)
     run = replace(run, **views, batch_size=min(cfg.batch_size, len(rows)))
     labels, dtype = data.labels.to(device), sacl.precision(run, device)

@@ -723,11 +723,11 @@ def require_bank(cfg: Config, side: int, mapped: bool = False) -> None:
     """Textures of large images would take hours again and again; of very many, all the memory."""
     most = 96 if torch.cuda.is_available() else 64
     if cfg.texture != "none" and not cfg.texture_bank and (mapped or side > most):
-        large = "so many images"
+        large, smaller = "so many images", ""
         if side > most:
             large = f"images of {side} px (--image-size {cfg.image_size})"
-        advice = "give --texture-bank FILE, where the run keeps them, "
-        advice += f"an --image-size up to {most}, " * (side > most) + "or --texture none"
+            smaller = f"an --image-size up to {most}, "
+        advice = f"give --texture-bank FILE, where the run keeps them, {smaller}or --texture none"
         raise UsageError(f"--texture {cfg.texture}: textures of {large} need a file: {advice}")
 
 
@@ -975,9 +975,9 @@ def explain_demo(out: Path, device: torch.device) -> None:
     say(f"linear evaluation: python eval_linear.py {out} --probe lbfgs")
     say("your own images: python sacl.py --dataset FOLDER --image-size 64 --arch resnet18")
     with contextlib.suppress(torch.OutOfMemoryError):  # of a small GPU
-        here, hours = device.type, f"{hours_of_the_paper(device):,.0f}"
-        here += ", less if it is compiled" * (here == "cuda")
-        say(f"the paper's run, --dataset cifar100: about {hours} hours on this {here}")
+        hours = f"{hours_of_the_paper(device):,.0f} hours on this {device.type}"
+        hours += ", less if it is compiled" * (device.type == "cuda")
+        say(f"the paper's run, --dataset cifar100: about {hours}")
 
 
 def hours_of_the_paper(device: torch.device) -> float:
@@ -1037,9 +1037,10 @@ def steps_in_epoch(cfg: Config, train_set: Images) -> int:
     """The whole batches of an epoch; refuses a batch that the images or processes do not fill."""
     n, count, world = cfg.batch_size, len(train_set.pixels), world_size()
     if n > count or n % world or n < 2 * world:
-        several = f"; with {world} processes a multiple of {world}, and at least {2 * world}"
-        most = f"must be at most {count}, the number of images" + several * (world > 1)
-        raise UsageError(f"--batch-size {n}: {most}")
+        rule = f"must be at most {count}, the number of images"
+        if world > 1:
+            rule += f"; with {world} processes a multiple of {world}, and at least {2 * world}"
+        raise UsageError(f"--batch-size {n}: {rule}")
     return count // n
 
 

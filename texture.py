@@ -95,7 +95,7 @@ def synthesize(
     out_size      H = W, or (H, W), in pixels.
     window        side of the neighbourhood, odd, 3..s: the method's one parameter. It may leave the
                   sample where nothing is known yet (Aguerrebere et al., IPOL 2013).
-    seeds         k: start from k x k blocks of the sources, equally many of each patch. Paper: 1.
+    seeds         k: start from k x k blocks of the sources, as many of each patch (Efros: 1).
     eps           a window within (1 + eps) of the best is a candidate; one is drawn uniformly.
     generator     of the CPU, draws everything; None is torch's own. Chunks change no draw.
     chunk_bytes   working memory to stay within, though never less than one image's.
@@ -233,10 +233,10 @@ class Step(NamedTuple):
 
 @functools.lru_cache(maxsize=64)
 def fill_schedule(out_h: int, out_w: int, window: int, seeds: int) -> Schedule:
-    """The paper's sequence of pixels, and the earliest level at which each can be filled.
+    """Efros and Leung's sequence of pixels, and the earliest level at which each can be filled.
 
     Ring by ring, the unfilled pixels that touch a filled one, those with the most filled pixels in
-    their window first; ties, at random in theirs, so that many can be filled together. A
+    their window first; of equals (they: at random) so that many can be filled together. A
     pixel's level is 1 + the highest of the earlier pixels in its window, so filling level by level
     equals filling in sequence. Cached: do not write to it. ValueError names a bad argument.
     """

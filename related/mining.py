@@ -75,8 +75,8 @@ class PotentialSamples(QueuedKeys):
 def mine(k: Tensor, queue: Tensor, count: int, weighting: str) -> tuple[Tensor, Tensor]:
     """The `count` rows of the queue nearest to each key (N, D), and their weights; (N, count) each.
 
-    soft: a softmax of the similarities; hard: equal weights for those whose soft weight is at least
-    1 / count; both: soft weights for those, 0 for the rest.
+    soft: a softmax of the similarities / 0.1; hard: equal weights for those whose soft weight is at
+    least 1 / count; both: soft weights for those, 0 for the rest.
     """
     similarity, rows = (k @ queue.T).topk(count)
     soft = (similarity / 0.1).softmax(1)

@@ -382,8 +382,7 @@ def test_shifts_of_a_run_are_measured_alike_each_time(finished, tmp_path):
 
 def test_the_encoder_that_is_asked_for_is_measured(finished, tmp_path, monkeypatch):
     run = shutil.copytree(finished, tmp_path / "run")
-    look = lambda encoder, *_: {"mean": encoder.bn1.running_mean.tolist()}  # noqa: E731
-    monkeypatch.setattr(shifts, "measure", look)
+    monkeypatch.setattr(shifts, "measure", lambda net, *_: {"mean": net.bn1.running_mean.tolist()})
     online, target, recalibrated = (
         shifts.evaluate(str(run), which)["mean"] for which in ("online", "target", "recalibrated")
     )
