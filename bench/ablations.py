@@ -104,6 +104,7 @@ OPEN = {
     **dict.fromkeys(("texture weight 2", "textures of the batch"), "base"),
     **dict.fromkeys(("i = 1", "i = 3", "i = 4", "tau = 0.1", "tau = 0.5", "m = 0.99"), "base"),
     **dict.fromkeys(("negatives eq10", "weak geometric", "no grid", "epochs x 2"), "base"),
+    "epochs x 4": "base",
     STANDARD: "no gate, plain start",
     "base": STANDARD,
     "no gate": "no gate, plain start",
