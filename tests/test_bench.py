@@ -3,6 +3,7 @@
 python -m pytest tests/test_bench.py
 """
 
+import argparse
 import dataclasses
 import json
 import re
@@ -111,6 +112,23 @@ def test_the_committed_comparison_is_that_of_the_committed_lines(capsys, monkeyp
     compare.main(["--table", "--results", "results/earlier/compare.jsonl"])
     committed = (RESULTS / "earlier" / "compare.md").read_text()
     assert committed.endswith("\n\n" + capsys.readouterr().out)
+
+
+def test_a_comparison_shows_every_seed_and_says_what_was_tuned(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(RESULTS.parent)
+    line = sacl.read_log(RESULTS / "earlier" / "compare.jsonl")[0]
+    file, show = tmp_path / "lines.jsonl", ["--table", "--results", str(tmp_path / "lines.jsonl")]
+    other = line | {"seed": 1, "top1": line["top1"] + 1}
+    file.write_text("\n".join(map(json.dumps, [line, other])))
+    compare.main(show)
+    text = capsys.readouterr().out
+    assert "| 28.82 (28.32, 29.32) / " in text and "none tuned" in text and "| 2 |" in text
+    args = argparse.Namespace(scale="cpu", epochs=10, dataset="cifar100", data_dir="data",
+                              texture_bank="", runs=tmp_path)  # fmt: skip
+    tuned = line | {"label": compare.run_config(args, "sacl-tuned", 0)[0]}
+    file.write_text("\n".join(map(json.dumps, [line, tuned])))
+    compare.main(show)
+    assert "tuned in sacl-tuned alone" in capsys.readouterr().out
 
 
 def test_every_system_of_the_comparison_is_built_with_its_options(folder):
