@@ -76,7 +76,7 @@ SYSTEMS = {
     "mocov2": System(MoCoV2, 0.06, 5e-4, dict(tau=0.1, compile="off"),
                      dict(queue=4096, bn_groups=8)),
     "byol": System(BYOL, 0.06, 5e-4),  # lightly
-    "simsiam": System(SimSiam, 0.015, 5e-4),  # its paper: 0.03 at a batch of 256
+    "simsiam": System(SimSiam, 0.015, 5e-4),  # its paper: 0.03 at 256; lightly: 0.06 at 128
     # PyContrast; ours: 4096, lr and weight decay as lightly's
     "pirl": System(PIRL, 0.06, 5e-4, dict(tau=0.07),
                    dict(dim=128, negatives=4096, lam=0.5, keep=0.5)),
