@@ -2,6 +2,8 @@
 
     python bench/compare.py --dataset cifar100           train and evaluate all that has no line yet
     python bench/compare.py --dataset cifar100 --table   print the results as markdown
+    python bench/compare.py --dataset shapes --epochs 12 --methods byol --lr 0.24 --results FILE
+                                                         a trial of another learning rate
 
 The eleven are SACL, SACL without textures (fast-moco: Fast-MoCo with SE and SACL's recipe), the
 five baselines of Table 3, the three related methods, and HARL again in its InfoNCE form: the same
@@ -10,7 +12,8 @@ rows are SACL with one thing changed: textures as positives, no gate, and a reci
 on held-out training images. All have the same encoder (but for that gate), views, batch and
 schedule, and all but PIRL the same heads. SYSTEMS was fixed before any run, from each method's
 sources where they give settings for CIFAR; only sacl-tuned was tuned, and nothing is chosen on the
-test set. So a difference between two rows is one of methods and recipes together.
+test set: a trial is judged by held_out_top1 of its line, the probe's accuracy on a held-out tenth
+of the training images. So a difference between two rows is one of methods and recipes together.
 
 results/earlier/compare.jsonl has lines of an older state of the method; --results names the file.
 
@@ -118,13 +121,14 @@ def compare(args: argparse.Namespace) -> None:
         facts = dict(method=name, own=SYSTEMS[name].own)
         facts["command"] = f"python bench/compare.py --dataset {args.dataset} --scale {args.scale}"
         facts["command"] += f" --epochs {config.epochs} --methods {name} --seeds {seed}"
+        facts["command"] += f" --lr {args.lr:g}" * (args.lr > 0)
         runs.run(label, config, args.results, build, **facts)
 
 
 def run_config(args: argparse.Namespace, name: str, seed: int) -> tuple[str, Config]:
     """A run's label, which other settings would change, and its settings."""
     system = SYSTEMS[name]
-    given = SCALES[args.scale] | dict(lr=system.lr, weight_decay=system.weight_decay)
+    given = SCALES[args.scale] | dict(lr=args.lr or system.lr, weight_decay=system.weight_decay)
     given |= dict(texture="none", m=0.99) | system.settings
     given |= {"epochs": args.epochs} if args.epochs else {}
     digest = hashlib.sha256(json.dumps([given, system.own], sort_keys=True).encode()).hexdigest()
@@ -224,6 +228,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--texture-bank", default="", help="as in sacl.py")
     parser.add_argument("--scale", choices=SCALES, default="cpu", help="gpu: the paper's [cpu]")
     parser.add_argument("--epochs", type=int, default=0, help="[the scale's]")
+    parser.add_argument("--lr", type=float, default=0.0, help="at a batch of 128 [the system's]")
     parser.add_argument("--methods", nargs="+", choices=SYSTEMS, default=list(SYSTEMS),
                         metavar="NAME", help="which of SYSTEMS [all]")  # fmt: skip
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="[0]")

@@ -124,11 +124,29 @@ def test_a_comparison_shows_every_seed_and_says_what_was_tuned(capsys, monkeypat
     text = capsys.readouterr().out
     assert "| 28.82 (28.32, 29.32) / " in text and "none tuned" in text and "| 2 |" in text
     args = argparse.Namespace(scale="cpu", epochs=10, dataset="cifar100", data_dir="data",
-                              texture_bank="", runs=tmp_path)  # fmt: skip
+                              texture_bank="", runs=tmp_path, lr=0.0)  # fmt: skip
     tuned = line | {"label": compare.run_config(args, "sacl-tuned", 0)[0]}
     file.write_text("\n".join(map(json.dumps, [line, tuned])))
     compare.main(show)
     assert "tuned in sacl-tuned alone" in capsys.readouterr().out
+
+
+def test_a_trial_of_another_rate_has_a_label_and_a_command_of_its_own(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(
+        runs, "run", lambda label, cfg, file, build, **facts: asked.append((label, cfg, facts))
+    )
+    files = ["--results", str(tmp_path / "lines.jsonl"), "--runs", str(tmp_path)]
+    trial = ["--dataset", "shapes", "--methods", "byol", "--seeds", "1"]
+    compare.main([*trial, *files])
+    compare.main([*trial, "--epochs", "12", "--lr", "0.24", *files])
+    (usual, cfg, _), (label, other, facts) = asked
+    assert (cfg.lr, other.lr, other.epochs, other.seed) == (0.06, 0.24, 12, 1)
+    assert usual.split("-")[:2] == ["shapes", "cpu"] and usual != label
+    assert cfg.output_dir != other.output_dir
+    words = shlex.split(facts["command"])
+    compare.main([*words[2:], *files])
+    assert words[:2] == ["python", "bench/compare.py"] and asked[2] == asked[1]
 
 
 def test_every_system_of_the_comparison_is_built_with_its_options(folder):
