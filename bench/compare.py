@@ -5,15 +5,16 @@
     python bench/compare.py --dataset shapes --epochs 12 --methods byol --lr 0.24 --results FILE
                                                          a trial of another learning rate
 
-The eleven are SACL, SACL without textures (fast-moco: Fast-MoCo with SE and SACL's recipe), the
-five baselines of Table 3, the three related methods, and HARL again in its InfoNCE form: the same
-kind of loss as SACL's, with parts of a view pooled by a mask where SACL combines cells. Three more
-rows are SACL with one thing changed: textures as positives, no gate, and a recipe that was tuned
-on held-out training images. All have the same encoder (but for that gate), views, batch and
-schedule, and all but PIRL the same heads. SYSTEMS was fixed before any run, from each method's
-sources where they give settings for CIFAR; only sacl-tuned was tuned, and nothing is chosen on the
-test set: a trial is judged by held_out_top1 of its line, the probe's accuracy on a held-out tenth
-of the training images. So a difference between two rows is one of methods and recipes together.
+Eleven systems are compared: SACL, SACL without textures (fast-moco: Fast-MoCo with SE and SACL's
+recipe), the five baselines of Table 3, the three related methods, and HARL again in its InfoNCE
+form: the same kind of loss as SACL's, with parts of a view pooled by a mask where SACL combines
+cells. Three more rows vary SACL: textures as positives, no gate, and a recipe (with other crops)
+that was tuned on held-out training images. But for these all have the same encoder, views, batch
+and schedule, and all but PIRL the same heads. SYSTEMS was fixed before any run, from each method's
+sources where they give settings for CIFAR, and only sacl-tuned was tuned. So a difference between
+two rows is one of methods and recipes together. Nothing is chosen on the test set: a trial is
+judged by held_out_top1 of its line, the probe's accuracy on a tenth of the training images, which
+it did not learn from.
 
 results/earlier/compare.jsonl has lines of an older state of the method; --results names the file.
 
@@ -51,7 +52,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import eval_linear
 import sacl
 from bench import runs
-from bench.plot import count_of, mean_std, table
+from bench.plot import count_of, mean_of, table
 from related.baselines import BYOL, PIRL, MoCoV2, SimCLR, SimSiam
 from related.harl import HARL, make_masks
 from related.mining import PotentialSamples
@@ -133,8 +134,8 @@ def run_config(args: argparse.Namespace, name: str, seed: int) -> tuple[str, Con
     given |= {"epochs": args.epochs} if args.epochs else {}
     digest = hashlib.sha256(json.dumps([given, system.own], sort_keys=True).encode()).hexdigest()
     given |= dict(dataset=args.dataset, data_dir=args.data_dir, texture_bank=args.texture_bank)
-    if args.scale == "cpu":  # ours: on a GPU it may take longer than so small a training
-        given["compile"] = "off"
+    if args.scale == "cpu":  # on a GPU, compiling may take longer than so small a training
+        given["compile"] = "off"  # not in the label, since it changes the time only
     config = Config(**given, seed=seed)
     label = f"{Path(args.dataset).name}-{args.scale}-{config.epochs}/{name}-{digest[:6]}"
     return label, dataclasses.replace(config, output_dir=str(args.runs / f"{label}-{seed}"))
@@ -184,11 +185,12 @@ def results(args: argparse.Namespace, lines: list[dict]) -> str:
             "kNN, target": mean_of(x.get("knn_target") for x in found),
             "n": count_of(recorded[name]),
             "lr, wd, tau": ", ".join(f"{getattr(config, k):g}" for k in used),
-            "cost": mean_std([cost]),
+            "cost": mean_of([cost]),
         })  # fmt: skip
     machines = [x["machine"] for found in ended.values() for x in found]
     machines = dict.fromkeys(f"{x.get('cpu', x['device'])} in {x['precision']}" for x in machines)
     tuned = "tuned in sacl-tuned alone" if recorded.get("sacl-tuned") else "none tuned"
+    tuned = f"but for --lr {args.lr:g}" if args.lr else tuned
     timed = f"as much as {quickest} needs; the others are then in the middle of their schedule"
     caption = (
         f"{args.dataset}, {config.epochs} epochs, {config.arch} of width {config.width}, "
@@ -198,14 +200,6 @@ def results(args: argparse.Namespace, lines: list[dict]) -> str:
         "Figures that others published: related/README.md."
     )
     return f"{table(rows)}\n\n{caption}"
-
-
-def mean_of(values) -> str:
-    """Their mean with the values themselves: with two or three seeds a deviation says less."""
-    known = [f"{value:.2f}" for value in values if value is not None]
-    if len(known) < 2:
-        return "".join(known)
-    return f"{mean(map(float, known)):.2f} ({', '.join(known)})"
 
 
 def cpu_seconds(ended: list[dict]) -> float | None:

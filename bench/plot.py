@@ -14,6 +14,13 @@ def mean_std(values) -> str:
     return f"{statistics.mean(known):.2f}{spread}"
 
 
+def mean_of(values) -> str:
+    """Their mean with the values themselves: with two or three seeds a deviation says less."""
+    known = [v for v in values if v is not None]
+    each = ", ".join(f"{v:.2f}" for v in known)
+    return f"{statistics.mean(known):.2f} ({each})" if len(known) > 1 else each
+
+
 def count_of(runs: list[dict]) -> str:
     """How many runs finished and, where some did, how many diverged."""
     lost = sum("error" in x for x in runs)

@@ -23,12 +23,11 @@ Our reading
     predictor D, D / 4, D), which are SimSiam's for ImageNet; for CIFAR its projector has two
     layers. BYOL's own projector ends without BatchNorm, and its predictor widens (256, 1024, 256 in
     lightly); that may matter to it. PIRL keeps its own narrow heads, since its bank has a row for
-    every image. Two-way losses are the mean of both
-    ways; 1 is added to BYOL's, so that 0 is its minimum. MoCo v2's groups apply to its heads too,
-    where the original has no BatchNorm; the running statistics keep 0.9 of themselves a step, as
-    in the other systems. PIRL: InfoNCE instead of NCE; a 2 x 2 jigsaw by sacl.split instead of
-    3 x 3 from crops of 64 px; each step draws 4096 rows of the bank anew, which the batch shares,
-    and an image's own row is none of its negatives.
+    every image. Two-way losses are the mean of both ways; 1 is added to BYOL's, so that 0 is its
+    minimum. MoCo v2's groups apply to its heads too, where the original has no BatchNorm; the
+    running statistics keep 0.9 of themselves a step, as in the other systems. PIRL: InfoNCE instead
+    of NCE; a 2 x 2 jigsaw by sacl.split instead of 3 x 3 from crops of 64 px; each step draws 4096
+    rows of the bank anew, which the batch shares, and an image's own row is none of its negatives.
 """
 
 import torch

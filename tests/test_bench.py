@@ -129,6 +129,10 @@ def test_a_comparison_shows_every_seed_and_says_what_was_tuned(capsys, monkeypat
     file.write_text("\n".join(map(json.dumps, [line, tuned])))
     compare.main(show)
     assert "tuned in sacl-tuned alone" in capsys.readouterr().out
+    args.lr = 0.3
+    file.write_text(json.dumps(line | {"label": compare.run_config(args, "byol", 0)[0]}))
+    compare.main([*show, "--lr", "0.3"])
+    assert "but for --lr 0.3. Cost" in capsys.readouterr().out
 
 
 def test_a_trial_of_another_rate_has_a_label_and_a_command_of_its_own(monkeypatch, tmp_path):
