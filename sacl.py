@@ -975,7 +975,7 @@ def explain_demo(out: Path, device: torch.device) -> None:
     say(f"linear evaluation: python eval_linear.py {out} --probe lbfgs")
     say("your own images: python sacl.py --dataset FOLDER --image-size 64 --arch resnet18")
     with contextlib.suppress(torch.OutOfMemoryError):  # of a small GPU
-        hours = f"{hours_of_the_paper(device):,.0f} hours on this {device.type}"
+        hours = f"{hours_of_the_paper(device):,.1f} hours on this {device.type}"
         hours += ", less if it is compiled" * (device.type == "cuda")
         say(f"the paper's run, --dataset cifar100: about {hours}")
 
