@@ -681,7 +681,7 @@ def test_the_rate_of_a_probe_is_chosen_on_a_held_out_tenth(finished, tmp_path, c
 def test_a_probe_that_moves_a_statistic_is_caught(finished, tmp_path, monkeypatch):
     def probe(encoder, data, *_):
         encoder.train()(sacl.eval_view(data.pixels, 16))
-        return nn.Linear(encoder.dim, 2).to(data.pixels.device), {}
+        return nn.Linear(encoder.dim, 2, device=data.pixels.device), {}
 
     monkeypatch.setattr(eval_linear, "probe_lars", probe)
     with pytest.raises(RuntimeError, match="running_mean"):

@@ -520,7 +520,8 @@ def test_the_demo_ends_with_what_it_learned_and_what_to_do_next(tmp_path, capsys
     assert re.findall(r"[\d.]+(?= %)", learned) == figures
     assert encoder.endswith(f"{tmp_path}/backbone.pth") and str(tmp_path) in probe
     assert "--dataset FOLDER" in own
-    assert re.search(r"about [\d,]+\.\d hours on this (cpu|cuda)", paper)
+    device = sacl.choose_device().type
+    assert re.search(rf"about [\d,]+\.\d hours on this {device}\b", paper)
 
 
 # ------------------------------------------------------------ kind 6: blame where it belongs
