@@ -167,6 +167,8 @@ def probe_lars(encoder, data: Images, run: Config, cfg: ProbeConfig, device) -> 
 
 def train_heads(encoder, data: Images, rows: Tensor, run: Config, cfg: ProbeConfig, lrs, device):
     """A linear classifier for each learning rate, all on the same crops of the images `rows`."""
+    if len(rows) < 2:
+        raise UsageError(f"--dataset {run.dataset}: too few training images; add some")
     torch.manual_seed(cfg.seed)
     heads = [linear(encoder.dim, len(data.classes), device) for _ in lrs]
     groups = [dict(params=head.parameters(), base=lr) for head, lr in zip(heads, lrs, strict=True)]

@@ -302,7 +302,7 @@ def info_nce(
     Image n's key is its positive; those of the other images, on all GPUs, are its negatives: K
     columns. kt (N, D), keys of textures, are negatives only: each image's own ("own": 1 more
     column) or all of them ("batch": K more). k_same (N, D), keys of the queries' own view, add
-    K - 1 negatives, as Eq. (10) has it. In float32, or float64 if q is.
+    K - 1 negatives, as Eq. (10) has it. In float32, or in float64 if all are.
     """
     with torch.autocast(q.device.type, enabled=False):
         q, n = unit(q), q.shape[1]  # Eq. (8)
@@ -583,8 +583,7 @@ def load_data(cfg: Config, split: str) -> Images | None:
         count, part = {"train": (5000, 0), "test": (1000, 1)}[split]
         return in_memory(*beside("shapes").draw(count, part, cfg.seed))
     root = image_folder(cfg)
-    unpacked = any(f.name.lower() == "train" and f.is_dir() for f in root.glob("*"))
-    if cfg.dataset in ARCHIVES and not unpacked:
+    if root is None:
         return read_archive(cfg, split)
     if not root.is_dir():
         advice = f"put its images into {root}/train/<class>/ and {root}/val/<class>/"
@@ -604,8 +603,11 @@ def load_data(cfg: Config, split: str) -> Images | None:
     return Images(pixels, found.labels, found.classes, found.names)
 
 
-def image_folder(cfg: Config) -> Path:
-    return Path(cfg.data_dir, cfg.dataset) if cfg.dataset in DATASETS else Path(cfg.dataset)
+def image_folder(cfg: Config) -> Path | None:
+    """The folder whose pictures are decoded; None where an archive is read."""
+    root = Path(cfg.data_dir, cfg.dataset) if cfg.dataset in DATASETS else Path(cfg.dataset)
+    unpacked = any(f.name.lower() == "train" and f.is_dir() for f in root.glob("*"))
+    return None if cfg.dataset in ARCHIVES and not unpacked else root
 
 
 def in_memory(pixels: Tensor, labels: Tensor, classes: list[str]) -> Images:
@@ -660,16 +662,17 @@ def download(kind: type, urls: list[str], root: Path, part: dict):
 
 
 def find_archive(data_dir: Path, kind: type) -> Path | None:
-    """An unpacked archive up to five folders down: by its name or, as on Kaggle, by its files."""
+    """An unpacked archive up to five folders down: by its files, else by its name.
+
+    On Kaggle the folder of a whole one has any name. One that lacks files is found by its name.
+    """
     files = sorted(name for name, _ in [*kind.train_list, *kind.test_list])
-    for above in ("*/" * depth for depth in range(6)):
-        for folder in data_dir.glob(above + kind.base_folder):
-            if folder.is_dir():
-                return folder.resolve()
-        for file in data_dir.glob(above + files[0]):
-            if all((file.parent / name).exists() for name in files):
-                return file.parent.resolve()
-    return None
+    above = ["*/" * depth for depth in range(6)]
+    by_file = (file.parent for a in above for file in data_dir.glob(a + files[0]))
+    whole = (d for d in by_file if all((d / name).is_file() for name in files))
+    by_name = (d for a in above for d in data_dir.glob(a + kind.base_folder) if d.is_dir())
+    found = next(itertools.chain(whole, by_name), None)
+    return found and found.resolve()
 
 
 def take(images: Tensor | np.ndarray, index: Tensor, device: torch.device) -> Tensor:
@@ -723,9 +726,9 @@ def require_bank(cfg: Config, side: int, mapped: bool = False) -> None:
     """Textures of large images would take hours again and again; of very many, all the memory."""
     most = 96 if torch.cuda.is_available() else 64
     if cfg.texture != "none" and not cfg.texture_bank and (mapped or side > most):
-        large, smaller = "so many images", ""
-        if side > most:
-            large = f"images of {side} px (--image-size {cfg.image_size})"
+        large, smaller = f"images of {side} px" if side > most else "so many images", ""
+        if side > most and image_folder(cfg):  # an archive's images stay as large as they are
+            large += f" (--image-size {cfg.image_size})"
             smaller = f"an --image-size up to {most}, "
         advice = f"give --texture-bank FILE, where the run keeps them, {smaller}or --texture none"
         raise UsageError(f"--texture {cfg.texture}: textures of {large} need a file: {advice}")
@@ -819,7 +822,7 @@ def train(cfg: Config | None = None, build: Callable[[Config], nn.Module] = SACL
     cfg, began = cfg or Config(), time.perf_counter()
     require_writable(Path(cfg.output_dir))
     device = choose_device()
-    if image_folder(cfg).is_dir():
+    if (folder := image_folder(cfg)) and folder.is_dir():
         require_bank(cfg, stored_side(cfg.image_size))  # else refused after all is decoded
     join_group(device)
     with first_of_machine():
@@ -1030,7 +1033,10 @@ def compile_model(model: nn.Module, cfg: Config, dtype: torch.dtype, steps: int)
         torch._dynamo.config.suppress_errors = True
         torch._logging.set_logs(dynamo=logging.ERROR)  # else its warnings are 90 lines
         warnings.filterwarnings("ignore", "TensorFloat32")  # advice that would round the loss
-        model.compile(dynamic=False, mode="reduce-overhead" if one_gpu else None)
+        try:
+            model.compile(dynamic=False, mode="reduce-overhead" if one_gpu else None)
+        except RuntimeError as error:  # torch 2.9 on Python 3.14 has no compiler
+            say(f"not compiled: {error}")
 
 
 def steps_in_epoch(cfg: Config, train_set: Images) -> int:
@@ -1089,8 +1095,8 @@ def join_group(device: torch.device) -> None:
     """Join torchrun's processes. WORLD_SIZE alone, as clusters leave it behind, means nothing."""
     if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         backend, gpu = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-        # the others wait while rank 0 decodes or evaluates, perhaps for more than the usual 10 min
-        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2), device_id=gpu)
+        # the others wait while rank 0 decodes, evaluates or makes a file of textures: for hours
+        dist.init_process_group(backend, timeout=datetime.timedelta(days=1), device_id=gpu)
         if not gpu:
             say("on CPUs, BatchNorm takes its statistics from each process's own images")
 

@@ -164,6 +164,18 @@ def test_long_runs_on_one_new_gpu_are_compiled(gpus, dtype, steps, mode, monkeyp
     assert (modes or ["not compiled"]) == [mode]
 
 
+def test_a_torch_without_a_compiler_trains_without_one(monkeypatch, capsys):
+    def compile(**how):
+        raise RuntimeError("torch.compile is not supported on Python 3.14+")
+
+    model = nn.Linear(1, 1)
+    model.compile = compile
+    monkeypatch.setattr(torch._logging, "set_logs", lambda **levels: None)
+    with torch._dynamo.config.patch(suppress_errors=False):
+        sacl.compile_model(model, tiny(compile="on"), torch.float32, 1)
+    assert "not compiled: torch.compile is not supported" in capsys.readouterr().out
+
+
 def test_a_gpu_without_code_in_this_torch_is_told_by_name(monkeypatch):
     """A P100 is seen as a GPU, and fails at the first kernel."""
 

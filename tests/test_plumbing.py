@@ -547,6 +547,23 @@ def test_archives_are_found_deep_in_folders_of_any_name(cifar, tmp_path):
     data = sacl.load_data(Config(dataset="cifar10", data_dir=tmp_path), "train")
     assert data.pixels.shape == (20, 3, 32, 32) and data.pixels.dtype == torch.uint8
     assert data.labels.tolist() == [i % 10 for i in range(20)] and len(data.classes) == 10
+    outer = cifar.parent.rename(tmp_path / "cifar-10-batches-py")  # as "extract all" leaves it
+    kind = torchvision.datasets.CIFAR10
+    assert sacl.find_archive(tmp_path, kind) == (outer / cifar.name).resolve()
+
+
+def test_folders_called_train_and_test_are_no_archive(folder):
+    assert sacl.find_archive(folder.parent, torchvision.datasets.CIFAR100) is None
+
+
+def test_an_archive_in_a_folder_of_its_datasets_name_keeps_its_own_size(cifar, tmp_path):
+    cifar.rename(tmp_path / "cifar10")
+    small = dict(arch="resnet18", width=8, dim=16, batch_size=4, max_steps=1, knn_every=0)
+    cfg = Config(dataset="cifar10", data_dir=tmp_path, output_dir=tmp_path / "a", **small)
+    sacl.train(dataclasses.replace(cfg, image_size=128))  # textures stay small
+    with pytest.raises(UsageError) as fault:
+        sacl.require_bank(cfg, 128)
+    assert "--texture-bank" in str(fault.value) and "--image-size" not in str(fault.value)
 
 
 def test_stl10_is_read_in_its_own_layout_and_probed_by_its_labelled_images(
@@ -772,6 +789,13 @@ def test_paths_and_numpys_numbers_are_taken(tmp_path):
 def test_settings_of_a_probe_are_checked(given):
     with pytest.raises(UsageError, match="--" + next(iter(given)).replace("_", "-")):
         ProbeConfig(run="a", **given)
+
+
+def test_a_probe_of_one_image_is_refused(finished):
+    encoder, run = eval_linear.load_encoder(ProbeConfig(run=finished))
+    data, cfg, device = sacl.load_data(run, "train"), ProbeConfig(run=finished), torch.device("cpu")
+    with pytest.raises(UsageError, match="too few training images"):
+        eval_linear.train_heads(encoder, data, torch.arange(1), run, cfg, [0.1], device)
 
 
 @pytest.mark.parametrize("program, kind", [(sacl, Config), (eval_linear, ProbeConfig)])

@@ -20,7 +20,7 @@ BUDGETS = {  # lines, and lines of code: neither blank, nor comments, nor docstr
     "images.py": (342, 258),
     "texture.py": (470, 300),
     "shapes.py": (102, 70),
-    "eval_linear.py": (282, 205),
+    "eval_linear.py": (284, 207),
     "test_sacl.py": (711, 510),
     "tests/*.py": (3650, 2755),
     "related/*.py": (644, 333),
