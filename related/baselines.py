@@ -17,17 +17,21 @@ Sourced, [S: where it was read]
     SimSiam  -cos of prediction and detached projection, both ways, no EMA [S: PatrickHua/SimSiam]
     PIRL     L = lam NCE(m_I, v_jigsaw) + (1 - lam) NCE(m_I, v_I), lam 0.5, tau 0.07, linear heads
              of 128: one for the image, one for each cell, one for the cells' outputs side by side;
-             a bank with m <- unit(0.5 m + 0.5 v_I) [S: HobbitLong/PyContrast, akwasigroch's PIRL]
+             a bank with m <- unit(0.5 m + 0.5 v_I), softmax over 1 + K instead of NCE [S:
+             HobbitLong/PyContrast, akwasigroch's PIRL]
 Our reading
-    All have SACL's weak views. All but PIRL have SACL's heads (projector with BatchNorm at its end,
-    predictor D, D / 4, D), which are SimSiam's for ImageNet; for CIFAR its projector has two
-    layers. BYOL's own projector ends without BatchNorm, and its predictor widens (256, 1024, 256 in
-    lightly); that may matter to it. PIRL keeps its own narrow heads, since its bank has a row for
+    All have SACL's weak views. All but PIRL have SACL's projector, with BatchNorm at its end; BYOL
+    and SimSiam have its predictor too (D, D / 4, D). These heads are SimSiam's for ImageNet; for
+    CIFAR its projector has two layers. BYOL's own projector ends without BatchNorm, and its
+    predictor widens (256, 1024, 256 in lightly); that may matter to it. PIRL keeps its own narrow heads, since its bank has a row for
     every image. Two-way losses are the mean of both ways; 1 is added to BYOL's, so that 0 is its
     minimum. MoCo v2's groups apply to its heads too, where the original has no BatchNorm; the
-    running statistics keep 0.9 of themselves a step, as in the other systems. PIRL: InfoNCE instead
-    of NCE; a 2 x 2 jigsaw by sacl.split instead of 3 x 3 from crops of 64 px; each step draws 4096
-    rows of the bank anew, which the batch shares, and an image's own row is none of its negatives.
+    running statistics keep 0.9 of themselves a step, as in the other systems. MoCo v2 trains on one
+    view of an image a step, the two-way systems on two. PIRL: a 2 x 2 jigsaw by sacl.split instead
+    of 3 x 3 from crops of 64 px; each step draws 4096 rows of the bank anew, which the batch
+    shares, and an image's own row is none of its negatives. An image's row is empty until it comes
+    for the first time, when its v_I is its own positive: a bank that starts at random, as
+    PyContrast's does, would make the first of few epochs one of noise.
 """
 
 import torch
@@ -125,7 +129,7 @@ def cosine(p: Tensor, k: Tensor) -> Tensor:
 
 
 def random_units(rows: int, dim: int) -> Tensor:
-    """What a queue or bank starts with: random vectors of unit length (rows, dim)."""
+    """What a queue starts with: random vectors of unit length (rows, dim)."""
     return unit(torch.randn(rows, dim))
 
 
@@ -210,7 +214,7 @@ class PIRL(OneNetwork):
         self.image_head = nn.Linear(self.encoder.dim, dim)
         self.cell_head = nn.Linear(self.encoder.dim, dim)
         self.jigsaw_head = nn.Linear(cfg.grid**2 * dim, dim)
-        self.register_buffer("bank", random_units(images, dim))
+        self.register_buffer("bank", torch.zeros(images, dim))
 
     def views(self, x: Tensor, texture: None, index: Tensor) -> tuple[Tensor, ...]:
         """A view (N, 3, H, W), the shuffled cells of another (G, N, 3, h, w), the index (N,)."""
@@ -225,9 +229,11 @@ class PIRL(OneNetwork):
         self.monitor = sacl.similarities(jigsaw[None], v, None)
         drawn = torch.randint(len(self.bank), (self.negatives,), device=index.device)
         memory, negatives = self.bank[index], self.bank[drawn]  # copies: the bank changes below
-        own = drawn == index[:, None]  # (N, K)
+        new = ~memory.any(1, keepdim=True)  # (N, 1): images that come for the first time
+        memory = torch.where(new, unit(v.detach()), memory)
+        hidden = (drawn == index[:, None]) | ~negatives.any(1)  # (N, K): own rows and empty ones
         by_jigsaw, by_image = (
-            memory_nce(e, memory, negatives, self.cfg.tau, own) for e in (jigsaw, v)
+            memory_nce(e, memory, negatives, self.cfg.tau, hidden) for e in (jigsaw, v)
         )
         self.bank[index] = unit(self.keep * memory + (1 - self.keep) * unit(v.detach()))
         return self.lam * by_jigsaw + (1 - self.lam) * by_image
