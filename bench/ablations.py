@@ -130,11 +130,7 @@ FIGURES = {
 
 def plain_start(cfg: Config) -> nn.Module:
     """SACL with every BatchNorm scale at 1, in the target too: no block starts as the identity."""
-    model = SACL(cfg)
-    for module in model.modules():
-        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
-            nn.init.ones_(module.weight)
-    return model
+    return runs.plain(SACL(cfg))
 
 
 def run_all(labels: list[str], seeds: list[int], file: Path, work: Path) -> None:

@@ -2,21 +2,24 @@
 
     python bench/compare.py --dataset cifar100           train and evaluate all that has no line yet
     python bench/compare.py --dataset cifar100 --table   print the results as markdown
-    python bench/compare.py --dataset shapes --epochs 12 --methods byol --lr 0.24 --results FILE
+    python bench/compare.py --dataset FOLDER --epochs 3 --methods byol --lr 0.2 --results TRIALS
                                                          a trial of another learning rate
+    python bench/compare.py --dataset cifar100 --rates TRIALS           each system at its best rate
 
 Eleven systems are compared: SACL, SACL without textures (fast-moco: Fast-MoCo with SE and SACL's
 recipe), the five baselines of Table 3, the three related methods, and HARL again in its InfoNCE
 form: the same kind of loss as SACL's, with parts of a view pooled by a mask where SACL combines
 cells. Three more rows vary SACL: textures as positives, no gate, and a recipe (with other crops)
 that was tuned on held-out training images. But for these all have the same encoder, views, batch
-and schedule, and all but PIRL the same heads. SYSTEMS was fixed before any run, from each method's
-sources where they give settings for CIFAR, and only sacl-tuned was tuned. So a difference between
-two rows is one of methods and recipes together. Nothing is chosen on the test set: a trial is
-judged by held_out_top1 of its line, the probe's accuracy on a tenth of the training images, which
-it did not learn from.
+and schedule, and heads as related/baselines.py says. SYSTEMS was fixed before any run, from each
+method's sources where they give settings for CIFAR, and only sacl-tuned was tuned. So a difference
+between two rows is one of methods and recipes together. Rates made for hundreds of epochs are too
+small for ten. --rates takes for each system the best one of its trials, which FOLDER judges: its
+train/ and test/ hold images of the training set only. sacl-positive and sacl-no-gate have SACL's.
 
-results/earlier/compare.jsonl has lines of an older state of the method; --results names the file.
+All begin from the plain start, every BatchNorm scale at 1, as the code does that most of the rates
+come from; --start usual begins each block as the identity, as sacl.py does. results/earlier/
+compare.jsonl has lines of that start and of an older state of the method.
 
 Each run uses one CPU thread. The same command may be started once for each core; bench/runs.py sees
 to it that no run is done twice and that an interrupted one resumes.
@@ -24,7 +27,7 @@ to it that no run is done twice and that an interrupted one resumes.
 Equal time: the kNN of each system when it has used as much time as the quickest one needs for its
 whole schedule, read off the monitor's curve. The slower systems are then in the middle of their
 schedule, at a high learning rate; a schedule made for that time would probably give more. Time is
-CPU seconds of training with its monitor, SACL's textures and HARL's masks, since wall time
+CPU seconds of training with SACL's textures and HARL's masks, without the monitor, since wall time
 depends on the other programs of the machine. Runs on a GPU, and interrupted ones, have no such
 figure.
 
@@ -118,21 +121,23 @@ def compare(args: argparse.Namespace) -> None:
     for seed, name in itertools.product(args.seeds, args.methods):
         label, config = run_config(args, name, seed)
         torch.compiler.reset()  # else each system counts as one more variant of the same code
-        build = functools.partial(build_system, name)
-        facts = dict(method=name, own=SYSTEMS[name].own)
+        build = functools.partial(build_system, name, start=args.start)
+        facts = dict(method=name, own=SYSTEMS[name].own, lr=config.lr, start=args.start)
         facts["command"] = f"python bench/compare.py --dataset {args.dataset} --scale {args.scale}"
         facts["command"] += f" --epochs {config.epochs} --methods {name} --seeds {seed}"
-        facts["command"] += f" --lr {args.lr:g}" * (args.lr > 0)
+        facts["command"] += f" --lr {config.lr:g} --start {args.start}"
         runs.run(label, config, args.results, build, **facts)
 
 
 def run_config(args: argparse.Namespace, name: str, seed: int) -> tuple[str, Config]:
     """A run's label, which other settings would change, and its settings."""
     system = SYSTEMS[name]
-    given = SCALES[args.scale] | dict(lr=args.lr or system.lr, weight_decay=system.weight_decay)
+    lr = args.lr or chosen_rates(args.rates).get(name, system.lr)
+    given = SCALES[args.scale] | dict(lr=lr, weight_decay=system.weight_decay)
     given |= dict(texture="none", m=0.99) | system.settings
     given |= {"epochs": args.epochs} if args.epochs else {}
-    digest = hashlib.sha256(json.dumps([given, system.own], sort_keys=True).encode()).hexdigest()
+    known = [given, system.own] + ["plain start"] * (args.start == "plain")
+    digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
     given |= dict(dataset=args.dataset, data_dir=args.data_dir, texture_bank=args.texture_bank)
     if args.scale == "cpu":  # on a GPU, compiling may take longer than so small a training
         given["compile"] = "off"  # not in the label, since it changes the time only
@@ -141,15 +146,22 @@ def run_config(args: argparse.Namespace, name: str, seed: int) -> tuple[str, Con
     return label, dataclasses.replace(config, output_dir=str(args.runs / f"{label}-{seed}"))
 
 
-def build_system(name: str, config: Config) -> nn.Module:
+def chosen_rates(file: Path | None) -> dict[str, float]:
+    """The learning rate of each system's best trial, by linear top-1 on the trials' test images."""
+    trials = [x for x in sacl.read_log(file) if "error" not in x] if file else []
+    best = {x["method"]: x["lr"] for x in sorted(trials, key=lambda x: x["top1"])}  # the last stays
+    alike = dict.fromkeys(("sacl-positive", "sacl-no-gate"), best["sacl"]) if "sacl" in best else {}
+    return alike | best
+
+
+def build_system(name: str, config: Config, start: str = "plain") -> nn.Module:
     """The system, for the training images that its settings name."""
-    system = SYSTEMS[name]
-    if system.model is SACL:
-        return SACL(config)
-    data = sacl.load_data(config, "train")
-    if system.model is HARL:
-        return HARL(config, make_masks(data), **system.own)
-    return system.model(config, len(data.pixels), **system.own)
+    system, data = SYSTEMS[name], ()
+    if system.model is not SACL:
+        images = sacl.load_data(config, "train")
+        data = [make_masks(images) if system.model is HARL else len(images.pixels)]
+    model = system.model(config, *data, **system.own)
+    return runs.plain(model) if start == "plain" else model
 
 
 # ------------------------------------------------------------ the table
@@ -191,9 +203,11 @@ def results(args: argparse.Namespace, lines: list[dict]) -> str:
     machines = dict.fromkeys(f"{x.get('cpu', x['device'])} in {x['precision']}" for x in machines)
     tuned = "tuned in sacl-tuned alone" if recorded.get("sacl-tuned") else "none tuned"
     tuned = f"but for --lr {args.lr:g}" if args.lr else tuned
+    tuned += f", and lr by trials ({args.rates})" if args.rates else ""
     timed = f"as much as {quickest} needs; the others are then in the middle of their schedule"
     caption = (
         f"{args.dataset}, {config.epochs} epochs, {config.arch} of width {config.width}, "
+        f"{args.start} start, "
         f"{', '.join(machines)}. The online encoder unless it says target; linear: L-BFGS. Equal "
         f"time: {timed if quickest else 'not known'}. lr, wd, tau: from the source where it gives "
         f"them for CIFAR, fixed before any run, {tuned}. Cost: CPU seconds, in fast-moco's. "
@@ -205,8 +219,10 @@ def results(args: argparse.Namespace, lines: list[dict]) -> str:
 def cpu_seconds(ended: list[dict]) -> float | None:
     """Mean CPU seconds of training over the runs that have them; None where none has."""
     on_cpu = [x for x in ended if x["machine"]["device"].startswith("CPU")]
-    known = [x["cpu_seconds"]["train"] for x in on_cpu if x["cpu_seconds"]["train"]]
-    return mean(known) if known else None
+    known = [(x["cpu_seconds"], len(x["knn_curve"])) for x in on_cpu if x["cpu_seconds"]["train"]]
+    # the monitor's first figures are those before training
+    times = [s["train"] - (1 + monitored) * s.get("monitor", 0) for s, monitored in known]
+    return mean(times) if times else None
 
 
 def knn_at(line: dict, config: Config, epoch: float) -> float | None:
@@ -223,6 +239,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--scale", choices=SCALES, default="cpu", help="gpu: the paper's [cpu]")
     parser.add_argument("--epochs", type=int, default=0, help="[the scale's]")
     parser.add_argument("--lr", type=float, default=0.0, help="at a batch of 128 [the system's]")
+    parser.add_argument("--rates", type=Path, metavar="TRIALS", help="or the best of these trials")
+    parser.add_argument("--start", choices=("plain", "usual"), default="plain", help="[plain]")
     parser.add_argument("--methods", nargs="+", choices=SYSTEMS, default=list(SYSTEMS),
                         metavar="NAME", help="which of SYSTEMS [all]")  # fmt: skip
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="[0]")

@@ -23,15 +23,15 @@ Our reading
     All have SACL's weak views. All but PIRL have SACL's projector, with BatchNorm at its end; BYOL
     and SimSiam have its predictor too (D, D / 4, D). These heads are SimSiam's for ImageNet; for
     CIFAR its projector has two layers. BYOL's own projector ends without BatchNorm, and its
-    predictor widens (256, 1024, 256 in lightly); that may matter to it. PIRL keeps its own narrow heads, since its bank has a row for
-    every image. Two-way losses are the mean of both ways; 1 is added to BYOL's, so that 0 is its
-    minimum. MoCo v2's groups apply to its heads too, where the original has no BatchNorm; the
-    running statistics keep 0.9 of themselves a step, as in the other systems. MoCo v2 trains on one
-    view of an image a step, the two-way systems on two. PIRL: a 2 x 2 jigsaw by sacl.split instead
-    of 3 x 3 from crops of 64 px; each step draws 4096 rows of the bank anew, which the batch
-    shares, and an image's own row is none of its negatives. An image's row is empty until it comes
-    for the first time, when its v_I is its own positive: a bank that starts at random, as
-    PyContrast's does, would make the first of few epochs one of noise.
+    predictor widens (256, 1024, 256 in lightly); that may matter to it. PIRL keeps its own narrow
+    heads, since its bank has a row for every image. Two-way losses are the mean of both ways; 1 is
+    added to BYOL's, so that 0 is its minimum. MoCo v2's groups apply to its heads too, where the
+    original has no BatchNorm; the running statistics keep 0.9 of themselves a step, as in the other
+    systems. MoCo v2 trains on one view of an image a step, the two-way systems on two. PIRL: a 2 x
+    2 jigsaw by sacl.split instead of 3 x 3 from crops of 64 px; each step draws 4096 rows of the
+    bank anew, which the batch shares, and an image's own row is none of its negatives. An image's
+    row is empty until it comes for the first time, when its v_I is its own positive: a bank that
+    starts at random, as PyContrast's does, would make the first of few epochs one of noise.
 """
 
 import torch

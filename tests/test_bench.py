@@ -109,7 +109,7 @@ def test_the_committed_tables_are_those_of_the_committed_lines():
 
 def test_the_committed_comparison_is_that_of_the_committed_lines(capsys, monkeypatch):
     monkeypatch.chdir(RESULTS.parent)
-    compare.main(["--table", "--results", "results/earlier/compare.jsonl"])
+    compare.main(["--table", "--start", "usual", "--results", "results/earlier/compare.jsonl"])
     committed = (RESULTS / "earlier" / "compare.md").read_text()
     assert committed.endswith("\n\n" + capsys.readouterr().out)
 
@@ -117,14 +117,16 @@ def test_the_committed_comparison_is_that_of_the_committed_lines(capsys, monkeyp
 def test_a_comparison_shows_every_seed_and_says_what_was_tuned(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(RESULTS.parent)
     line = sacl.read_log(RESULTS / "earlier" / "compare.jsonl")[0]
-    file, show = tmp_path / "lines.jsonl", ["--table", "--results", str(tmp_path / "lines.jsonl")]
+    file = tmp_path / "lines.jsonl"
+    show = ["--table", "--start", "usual", "--results", str(file)]
     other = line | {"seed": 1, "top1": line["top1"] + 1}
     file.write_text("\n".join(map(json.dumps, [line, other])))
     compare.main(show)
     text = capsys.readouterr().out
     assert "| 28.82 (28.32, 29.32) / " in text and "none tuned" in text and "| 2 |" in text
     args = argparse.Namespace(scale="cpu", epochs=10, dataset="cifar100", data_dir="data",
-                              texture_bank="", runs=tmp_path, lr=0.0)  # fmt: skip
+                              texture_bank="", runs=tmp_path, lr=0.0, rates=None,
+                              start="usual")  # fmt: skip
     tuned = line | {"label": compare.run_config(args, "sacl-tuned", 0)[0]}
     file.write_text("\n".join(map(json.dumps, [line, tuned])))
     compare.main(show)
@@ -153,11 +155,44 @@ def test_a_trial_of_another_rate_has_a_label_and_a_command_of_its_own(monkeypatc
     assert words[:2] == ["python", "bench/compare.py"] and asked[2] == asked[1]
 
 
-def test_every_system_of_the_comparison_is_built_with_its_options(folder):
+def test_each_system_gets_the_rate_of_its_best_trial(monkeypatch, tmp_path, capsys):
+    asked, file = {}, tmp_path / "trials.jsonl"
+    monkeypatch.setattr(
+        runs, "run", lambda label, cfg, file, build, **facts: asked.update({facts["method"]: cfg})
+    )
+    trials = [
+        dict(method="byol", lr=0.6, top1=20.0), dict(method="byol", lr=0.2, top1=30.0),
+        dict(method="byol", lr=0.06, top1=10.0), dict(method="sacl", lr=0.3, top1=1.0),
+        dict(method="simclr", lr=9.0, error="diverged"),
+    ]  # fmt: skip
+    file.write_text("\n".join(map(json.dumps, trials)))
+    words = ["--dataset", "shapes", "--rates", str(file), "--runs", str(tmp_path)]
+    compare.main(words)
+    lrs = {"byol": 0.2, "sacl": 0.3, "sacl-positive": 0.3, "sacl-no-gate": 0.3}
     for name, system in compare.SYSTEMS.items():
-        model = compare.build_system(name, tiny(folder))
+        assert asked[name].lr == lrs.get(name, system.lr)
+    args = argparse.Namespace(scale="cpu", epochs=0, dataset="shapes", data_dir="data",
+                              texture_bank="", runs=tmp_path, lr=0.0, rates=file,
+                              start="plain")  # fmt: skip
+    line = sacl.read_log(RESULTS / "earlier" / "compare.jsonl")[0]
+    seconds = dict(train=1000, monitor=20.0)  # six monitors: one before, five in training
+    done = tmp_path / "done.jsonl"
+    label = compare.run_config(args, "byol", 0)[0]
+    done.write_text(json.dumps(line | {"label": label, "cpu_seconds": seconds}))
+    compare.main([*words, "--table", "--results", str(done)])
+    text = capsys.readouterr().out
+    assert f"lr by trials ({file})" in text and "plain start" in text and "| 0.2, 0.0005 |" in text
+    assert compare.cpu_seconds(sacl.read_log(done)) == 880
+
+
+@pytest.mark.parametrize("start", ["plain", "usual"])
+def test_every_system_of_the_comparison_is_built_with_its_options(start, folder):
+    for name, system in compare.SYSTEMS.items():
+        model = compare.build_system(name, tiny(folder), start)
         assert type(model) is system.model
         assert getattr(model, "total", 6) == 6  # steps: 48 images, twice, in batches of 16
+        scales = [x for k, x in model.named_parameters() if k.endswith("bn2.weight")]
+        assert scales and all(bool((x == (start == "plain")).all()) for x in scales)
 
 
 def test_the_plain_start_changes_nothing_but_the_scales(monkeypatch):
@@ -231,7 +266,7 @@ def test_a_run_leaves_one_line_with_figures_settings_and_machine(folder, tmp_pat
     assert line["knn_curve"] == [x["knn"] for x in end[1:]]  # without the untrained encoder's
     assert (line["knn"], line["knn_target"]) == (end[-1]["knn"], end[-1]["knn_target"])
     assert line["top1"] == 100 and {"torch", "cpu", "git"} <= set(line["machine"])
-    assert set(line["cpu_seconds"]) == {"train", "evaluate"}
+    assert set(line["cpu_seconds"]) == {"train", "evaluate", "monitor"}
     assert (tmp_path / "a" / "backbone.pth").exists()
     assert not (tmp_path / "a" / "checkpoint.pth").exists()
 

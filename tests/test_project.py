@@ -22,9 +22,9 @@ BUDGETS = {  # lines, and lines of code: neither blank, nor comments, nor docstr
     "shapes.py": (102, 70),
     "eval_linear.py": (284, 207),
     "test_sacl.py": (711, 510),
-    "tests/*.py": (3650, 2755),
-    "related/*.py": (644, 333),
-    "bench/*.py": (1948, 1396),
+    "tests/*.py": (3685, 2795),
+    "related/*.py": (636, 333),
+    "bench/*.py": (1966, 1406),
     "README.md": (150, None),
 }
 
