@@ -5,6 +5,7 @@
     python bench/compare.py --dataset FOLDER --epochs 3 --methods byol --lr 0.2 --results TRIALS
                                                          a trial of another learning rate
     python bench/compare.py --dataset cifar100 --rates TRIALS           each system at its best rate
+                                                                        (--table then needs it too)
 
 Eleven systems are compared: SACL, SACL without textures (fast-moco: Fast-MoCo with SE and SACL's
 recipe), the five baselines of Table 3, the three related methods, and HARL again in its InfoNCE
@@ -132,8 +133,7 @@ def compare(args: argparse.Namespace) -> None:
 def run_config(args: argparse.Namespace, name: str, seed: int) -> tuple[str, Config]:
     """A run's label, which other settings would change, and its settings."""
     system = SYSTEMS[name]
-    lr = args.lr or chosen_rates(args.rates).get(name, system.lr)
-    given = SCALES[args.scale] | dict(lr=lr, weight_decay=system.weight_decay)
+    given = SCALES[args.scale] | dict(lr=rate(name, args), weight_decay=system.weight_decay)
     given |= dict(texture="none", m=0.99) | system.settings
     given |= {"epochs": args.epochs} if args.epochs else {}
     known = [given, system.own] + ["plain start"] * (args.start == "plain")
@@ -146,12 +146,18 @@ def run_config(args: argparse.Namespace, name: str, seed: int) -> tuple[str, Con
     return label, dataclasses.replace(config, output_dir=str(args.runs / f"{label}-{seed}"))
 
 
-def chosen_rates(file: Path | None) -> dict[str, float]:
-    """The learning rate of each system's best trial, by linear top-1 on the trials' test images."""
-    trials = [x for x in sacl.read_log(file) if "error" not in x] if file else []
-    best = {x["method"]: x["lr"] for x in sorted(trials, key=lambda x: x["top1"])}  # the last stays
-    alike = dict.fromkeys(("sacl-positive", "sacl-no-gate"), best["sacl"]) if "sacl" in best else {}
-    return alike | best
+def rate(name: str, args: argparse.Namespace) -> float:
+    """A system's learning rate: --lr, or that of its best trial in --rates, or that of SYSTEMS."""
+    if args.lr or not args.rates or name == "sacl-tuned":
+        return args.lr or SYSTEMS[name].lr
+    tried = "sacl" if name in ("sacl-positive", "sacl-no-gate") else name
+    trials = [x for x in sacl.read_log(args.rates) if x.get("method") == tried]
+    trials = [x for x in trials if {"lr", "top1"} <= x.keys()]  # one that diverged has no top1
+    if not trials:
+        raise UsageError(
+            f"--rates {args.rates}: has no trial of {tried}; --methods and --lr add it"
+        )
+    return max(trials, key=lambda x: x["top1"])["lr"]
 
 
 def build_system(name: str, config: Config, start: str = "plain") -> nn.Module:
@@ -203,7 +209,7 @@ def results(args: argparse.Namespace, lines: list[dict]) -> str:
     machines = dict.fromkeys(f"{x.get('cpu', x['device'])} in {x['precision']}" for x in machines)
     tuned = "tuned in sacl-tuned alone" if recorded.get("sacl-tuned") else "none tuned"
     tuned = f"but for --lr {args.lr:g}" if args.lr else tuned
-    tuned += f", and lr by trials ({args.rates})" if args.rates else ""
+    tuned = f"but for lr, the best of the trials in {args.rates}" if args.rates else tuned
     timed = f"as much as {quickest} needs; the others are then in the middle of their schedule"
     caption = (
         f"{args.dataset}, {config.epochs} epochs, {config.arch} of width {config.width}, "
@@ -252,6 +258,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.lr and args.rates:
+        raise UsageError("--rates: --lr gives the learning rate already; leave one of them out")
     if args.table:
         print(results(args, sacl.read_log(args.results)))
     else:

@@ -387,11 +387,14 @@ def flags() -> None:
         for field in dataclasses.fields(kind):
             for word in wrong.get(field.type, ["x"]) if field.name not in unused else ():
                 given = SMALL | dict(output_dir=WORK / "none") | used.get(field.name, {})
-                argv = words(**given) if program is sacl else [str(WORK / "whole")]
-                flag = "--" + field.name.replace("_", "-")
+                argv, flag = words(**given), "--" + field.name.replace("_", "-")
+                if program is eval_linear:
+                    argv = [str(WORK / "whole"), "--dataset", given["dataset"]]
                 argv = argv + [flag, word] if field.name != "run" else [word]
                 of += 1
-                good += one_sentence(fork(program.main, argv), "")
+                # the whole run has no test images, so that a probe of it never begins
+                named = flag if program is eval_linear and field.name != "run" else ""
+                good += one_sentence(fork(program.main, argv), named)
         report(good, of, f"{Path(program.__file__).name}: nonsense refused in one sentence")
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import sacl
 import texture
+from bench.compare import cpu_seconds
 from sacl import UsageError
 
 # ------------------------------------------------------------ pictures: rows by their labels
@@ -101,14 +102,12 @@ def compare(args: argparse.Namespace) -> list[dict]:
             raise UsageError(f"--file {args.file} has {name} with two settings: take one out")
     epochs = int(args.group.rpartition("-")[2])
     title = f"kNN accuracy, per cent, {args.group}"
-    seconds = {
-        name: statistics.mean(x["cpu_seconds"]["train"] for x in lines)
-        for name, lines in systems.items()
-    }
+    seconds = {name: cpu_seconds(lines) for name, lines in systems.items()}
+    usual = sacl.Config(dataset=args.group.rsplit("-", 2)[0])
     equal = {"title": title, "x": "epochs", "lines": {}}
     cost = {"title": title, "x": "cost, in epochs of fast-moco", "lines": {}}
     for name, lines in systems.items():
-        every = lines[0]["settings"].get("knn_every", sacl.Config.knn_every)
+        every = lines[0]["settings"].get("knn_every", usual.knn_every)
         ends = [*range(every, epochs, every), epochs]
         share = seconds[name] / seconds["fast-moco"]
         curves = zip(*(x["knn_curve"] for x in lines), strict=True)

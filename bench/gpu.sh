@@ -39,13 +39,14 @@ part step-512 python bench/step.py --dataset cifar100 --whole --batch-size 512 \
 part textures python bench/texture.py --data-dir "$DATA" --json "$OUT/texture.json"
 
 # 3. The paper's run (Section 3.2) and its linear evaluation; then what the encoder goes by.
-RUN="$OUT/cifar100"
-part train python sacl.py --dataset cifar100 --data-dir "$DATA" --output-dir "$RUN" \
+RUN="$OUT/cifar100-$EPOCHS-epochs"
+part "train-$EPOCHS" python sacl.py --dataset cifar100 --data-dir "$DATA" --output-dir "$RUN" \
   --epochs "$EPOCHS" || exit 1
-part linear python eval_linear.py "$RUN"
-part linear-target python eval_linear.py "$RUN" --encoder target
-part shifts python bench/shifts.py "$RUN"
-part shifts-recalibrated python bench/shifts.py "$RUN" --encoder recalibrated
+part "lbfgs-$EPOCHS" python eval_linear.py "$RUN" --probe lbfgs
+part "linear-$EPOCHS" python eval_linear.py "$RUN"
+part "linear-target-$EPOCHS" python eval_linear.py "$RUN" --encoder target
+part "shifts-$EPOCHS" python bench/shifts.py "$RUN"
+part "shifts-recalibrated-$EPOCHS" python bench/shifts.py "$RUN" --encoder recalibrated
 
 # To keep: OUT/*.log, OUT/*.json, and of the run log.jsonl, config.json, linear-*.json, shifts-*.json
 # and backbone.pth; checkpoint.pth only to train on.

@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> None:
     report = dict(speed=speed(pixels), quality=quality(pixels))
     for name, rows in report.items():
         print(f"\n{name}\n\n{table(rows)}", flush=True)
-    report |= vars(args) | dict(machine=sacl.describe_machine(torch.device("cpu"), torch.float32))
+    report |= vars(args) | dict(machine=sacl.describe_machine(sacl.choose_device(), torch.float32))
     if args.json:
         sacl.write(Path(args.json), json.dumps(report, indent=1).encode())
 

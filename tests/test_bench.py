@@ -166,11 +166,13 @@ def test_each_system_gets_the_rate_of_its_best_trial(monkeypatch, tmp_path, caps
         dict(method="simclr", lr=9.0, error="diverged"),
     ]  # fmt: skip
     file.write_text("\n".join(map(json.dumps, trials)))
+    lrs = {"byol": 0.2, "sacl": 0.3, "sacl-positive": 0.3, "sacl-no-gate": 0.3, "sacl-tuned": 0.2}
     words = ["--dataset", "shapes", "--rates", str(file), "--runs", str(tmp_path)]
-    compare.main(words)
-    lrs = {"byol": 0.2, "sacl": 0.3, "sacl-positive": 0.3, "sacl-no-gate": 0.3}
-    for name, system in compare.SYSTEMS.items():
-        assert asked[name].lr == lrs.get(name, system.lr)
+    compare.main([*words, "--methods", *lrs])
+    assert {name: cfg.lr for name, cfg in asked.items()} == lrs
+    without = [*words, "--methods", "byol", "simclr"]
+    assert f"--rates {file}: has no trial of simclr" in refused(*without, program=compare)
+    assert "leave one of them out" in refused(*words, "--lr", 1, program=compare)
     args = argparse.Namespace(scale="cpu", epochs=0, dataset="shapes", data_dir="data",
                               texture_bank="", runs=tmp_path, lr=0.0, rates=file,
                               start="plain")  # fmt: skip
@@ -179,9 +181,13 @@ def test_each_system_gets_the_rate_of_its_best_trial(monkeypatch, tmp_path, caps
     done = tmp_path / "done.jsonl"
     label = compare.run_config(args, "byol", 0)[0]
     done.write_text(json.dumps(line | {"label": label, "cpu_seconds": seconds}))
-    compare.main([*words, "--table", "--results", str(done)])
+    compare.main([*words, "--methods", "byol", "--table", "--results", str(done)])
     text = capsys.readouterr().out
-    assert f"lr by trials ({file})" in text and "plain start" in text and "| 0.2, 0.0005 |" in text
+    assert (
+        f"but for lr, the best of the trials in {file}." in text
+        and "plain start" in text
+        and "| 0.2, 0.0005 |" in text
+    )
     assert compare.cpu_seconds(sacl.read_log(done)) == 880
 
 
@@ -499,6 +505,9 @@ def test_every_figure_is_drawn(folder, finished, tmp_path):
     file.write_text("\n".join(map(json.dumps, [*lines, other])))
     drawn = ["compare", "--file", str(file), "--out", str(tmp_path / "few.png")]
     figures.main(drawn)
+    shapes = {"label": "shapes-cpu-12/fast-moco-0", "settings": {}, "knn_curve": [1.0] * 6}
+    file.write_text(json.dumps(lines[1] | shapes))  # knn_every is the dataset's, 2
+    figures.main(["compare", "--file", str(file), "--group", "shapes-cpu-12", *drawn[3:]])
     file.write_text("\n".join(map(json.dumps, [*lines, lines[1] | {"label": "cifar100-cpu-10/x"}])))
     assert "two settings" in refused(*drawn, program=figures)
     for path in tmp_path.glob("*.png"):

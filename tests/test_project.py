@@ -24,7 +24,7 @@ BUDGETS = {  # lines, and lines of code: neither blank, nor comments, nor docstr
     "test_sacl.py": (711, 510),
     "tests/*.py": (3685, 2795),
     "related/*.py": (636, 333),
-    "bench/*.py": (1966, 1406),
+    "bench/*.py": (1980, 1420),
     "README.md": (150, None),
 }
 
