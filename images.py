@@ -283,7 +283,8 @@ def open_squares(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
     """The decoded file, mapped; None where there is none, or a damaged one."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError, EOFError, ValueError):
         squares = np.load(path, mmap_mode="r")
-        return squares if (squares.shape, squares.dtype) == (shape, np.uint8) else None
+        whole = path.stat().st_size == squares.offset + squares.nbytes
+        return squares if whole and (squares.shape, squares.dtype) == (shape, np.uint8) else None
 
 
 def decode_blocks(paths: list[Path], side: int, log, start=0) -> Iterator[tuple[int, Tensor]]:
@@ -302,7 +303,10 @@ def decode_blocks(paths: list[Path], side: int, log, start=0) -> Iterator[tuple[
 
 
 def write_squares(paths: list[Path], side: int, target: Path, log) -> None:
-    """Append squares to a file beside the target, whose length tells how many; then rename it."""
+    """Write squares to a file beside the target, whose length tells how many; then rename it.
+
+    Each at its own place: where a drive has no locks, another process may be writing the same.
+    """
     header, part, size = io.BytesIO(), target.with_suffix(".npy.part"), 3 * side**2
     array = {"descr": "|u1", "fortran_order": False, "shape": (len(paths), 3, side, side)}
     np.lib.format.write_array_header_1_0(header, array)
@@ -317,14 +321,17 @@ def write_squares(paths: list[Path], side: int, target: Path, log) -> None:
             raise ValueError(f"{lack}: free space there or choose another --decoded-dir")
         what = f"decoding {len(paths)} images of {side} px into {target} ({total:.1f} GB), once"
         log(what + (f"; {done} are done" if done else ""))
-        with open(part, "ab") as file:
-            file.truncate(header.tell() + done * size if done else 0)
-            file.write(b"" if done else header.getvalue())
-            for _, block in decode_blocks(paths, side, log, done):
+        part.touch()
+        with open(part, "r+b") as file:
+            file.write(header.getvalue())
+            for row, block in decode_blocks(paths, side, log, done):
+                file.seek(header.tell() + row * size)
                 file.write(block.numpy())
                 file.flush()
                 os.fsync(file.fileno())
-        os.replace(part, target)
+            file.truncate(header.tell() + len(paths) * size)
+        with contextlib.suppress(FileNotFoundError):  # that process has renamed it
+            os.replace(part, target)
     except OSError as error:
         if error.filename in map(str, paths):
             raise  # of an image

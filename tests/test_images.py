@@ -3,6 +3,7 @@
 python -m pytest tests/test_images.py
 """
 
+import contextlib
 import errno
 import io
 import itertools
@@ -502,7 +503,7 @@ def test_a_damaged_file_is_made_again(many, tmp_path):
     other = io.BytesIO()
     np.save(other, np.zeros((200, 3), np.uint8))
     whole = np.array(images.decode(many, 8, tmp_path, 0)).tobytes()
-    for content in (b"", b"junk", whole, other.getvalue()):
+    for content in (b"", b"junk", whole, other.getvalue(), place.read_bytes() + b"more"):
         place.write_bytes(content)
         assert np.array_equal(images.decode(many, 8, tmp_path, 0), x)
 
@@ -522,6 +523,30 @@ def test_a_stopped_decoding_goes_on(many, tmp_path, monkeypatch, rest, capfd):
     monkeypatch.setattr(images, "square", lambda *words: calls.append(words) or real(*words))
     assert np.array_equal(images.decode(many, 8, tmp_path, 0), whole) and not part.exists()
     assert len(calls) == 200 - done and f"; {done} are done" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_second_process_without_a_lock_spoils_nothing(many, tmp_path, monkeypatch, killed):
+    """It begins, and ends or is killed, between two blocks of the first."""
+    whole, real = images.decode(many, 8, tmp_path), images.decode_blocks
+    place, begun = images.decoded_path(many, 8, tmp_path), []
+
+    def second():
+        with contextlib.suppress(KeyboardInterrupt):
+            images.write_squares(many.paths, 8, place, print)
+
+    def blocks(*words):
+        for row, block in real(*words):
+            if begun and killed and len(begun) == 1:
+                begun.append("killed")
+                raise KeyboardInterrupt
+            yield row, block
+            if row == 64 and not begun:
+                begun.append("begun")
+                second()
+
+    monkeypatch.setattr(images, "decode_blocks", blocks)
+    assert np.array_equal(images.decode(many, 8, tmp_path, 0), whole)
 
 
 def test_the_file_of_other_images_is_never_used(many, tmp_path):
