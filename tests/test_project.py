@@ -22,7 +22,7 @@ BUDGETS = {  # lines, and lines of code: neither blank, nor comments, nor docstr
     "shapes.py": (102, 70),
     "eval_linear.py": (284, 207),
     "test_sacl.py": (711, 510),
-    "tests/*.py": (3685, 2795),
+    "tests/*.py": (3720, 2820),
     "related/*.py": (636, 333),
     "bench/*.py": (1980, 1420),
     "README.md": (150, None),
