@@ -820,13 +820,15 @@ def train(cfg: Config | None = None, build: Callable[[Config], nn.Module] = SACL
     OSError where a disk fails.
     """
     cfg, began = cfg or Config(), time.perf_counter()
-    require_writable(Path(cfg.output_dir))
     device = choose_device()
     if (folder := image_folder(cfg)) and folder.is_dir():
         require_bank(cfg, stored_side(cfg.image_size))  # else refused after all is decoded
     join_group(device)
+    if rank() == 0:  # no other process writes there
+        require_writable(Path(cfg.output_dir))
     with first_of_machine():
         train_set, test_set = load_data(cfg, "train"), load_data(cfg, "test")
+    require_alike(cfg, train_set, device)
     if not monitored(cfg, train_set, test_set) or rank() > 0:
         test_set = None
     with claim(Path(cfg.output_dir, "lock")) if rank() == 0 else contextlib.nullcontext():
@@ -1026,17 +1028,33 @@ def compile_model(model: nn.Module, cfg: Config, dtype: torch.dtype, steps: int)
 
     With CUDA graphs, since a step is thousands of short kernels, and a CPU is slow to start them.
     """
-    one_gpu = torch.cuda.is_available() and world_size() == 1
-    pays = one_gpu and dtype == torch.bfloat16
-    if cfg.compile == "on" or (cfg.compile == "auto" and pays and steps > 3000):
+    cuda = torch.cuda.is_available()
+    pays = cuda and dtype == torch.bfloat16 and steps > 3000
+    if world_size() > 1:
+        if cfg.compile == "on":  # SyncBatchNorm would break it into small pieces
+            say("--compile on: several processes are not compiled")
+    elif cfg.compile == "on" or (cfg.compile == "auto" and pays):
         say("compiling at the first step; where the compiler fails, the run goes on without it")
         torch._dynamo.config.suppress_errors = True
         torch._logging.set_logs(dynamo=logging.ERROR)  # else its warnings are 90 lines
         warnings.filterwarnings("ignore", "TensorFloat32")  # advice that would round the loss
         try:
-            model.compile(dynamic=False, mode="reduce-overhead" if one_gpu else None)
+            model.compile(dynamic=False, mode="reduce-overhead" if cuda else None)
         except RuntimeError as error:  # torch 2.9 on Python 3.14 has no compiler
             say(f"not compiled: {error}")
+
+
+def require_alike(cfg: Config, train_set: Images, device: torch.device) -> None:
+    """Refuse machines that would not train the same model: other images, or fp16 beside bf16."""
+    if world_size() > 1:
+        names = zlib.crc32("\n".join(train_set.names).encode())
+        found: list = [None] * world_size()
+        dist.all_gather_object(found, (names, precision(cfg, device)))
+        images, precisions = map(set, zip(*found, strict=True))
+        if len(images) > 1:
+            raise UsageError("--dataset: the machines have different images; give each the same")
+        if len(precisions) > 1:
+            raise UsageError("--amp auto: some of these GPUs lack bf16; give --amp fp16")
 
 
 def steps_in_epoch(cfg: Config, train_set: Images) -> int:

@@ -4,6 +4,7 @@ The kinds of faults have a section each, but for 4, images as the person sees th
 test_images.py with most of 5, and 8, names that collide, which is in kinds 1 and 2.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -525,6 +526,34 @@ def test_the_demo_ends_with_what_it_learned_and_what_to_do_next(tmp_path, capsys
 
 
 # ------------------------------------------------------------ kind 6: blame where it belongs
+
+
+@pytest.mark.parametrize("theirs, fault", [
+    ((0, torch.float32), "--dataset: the machines have different images"),
+    ((None, torch.float16), "--amp auto: some of these GPUs lack bf16"),
+    ((None, torch.float32), None),
+])  # fmt: skip
+def test_machines_that_would_train_other_models_are_refused(theirs, fault, folder, monkeypatch):
+    def exchange(found, mine):
+        found[:] = [mine, (mine[0] if theirs[0] is None else theirs[0], theirs[1])]
+
+    cfg = tiny(folder)
+    train_set = sacl.load_data(cfg, "train")
+    monkeypatch.setattr(sacl, "world_size", lambda: 2)
+    monkeypatch.setattr(sacl.dist, "all_gather_object", exchange)
+    monkeypatch.setattr(sacl.dist, "get_rank", lambda: 1)
+    with pytest.raises(UsageError, match=fault) if fault else contextlib.nullcontext():
+        sacl.require_alike(cfg, train_set, torch.device("cpu"))
+
+
+def test_only_the_first_process_needs_the_output_folder(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(sacl, "load_data", failing(NotImplementedError("after it"), 1))
+    with pytest.raises(UsageError, match="cannot be written"):
+        sacl.train(tiny(output_dir=tmp_path / "file/run"))
+    monkeypatch.setattr(sacl, "rank", lambda: 1)
+    with pytest.raises(NotImplementedError):
+        sacl.train(tiny(output_dir=tmp_path / "file/run"))
 
 
 @pytest.fixture

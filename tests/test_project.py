@@ -16,13 +16,13 @@ import torch
 HERE = Path(__file__).resolve().parent.parent
 FILES = [p for p in HERE.rglob("*.py") if not {".venv", "venv", "runs"} & set(p.parts)]
 BUDGETS = {  # lines, and lines of code: neither blank, nor comments, nor docstrings
-    "sacl.py": (1399, 971),
+    "sacl.py": (1417, 990),
     "images.py": (342, 258),
     "texture.py": (470, 300),
     "shapes.py": (102, 70),
     "eval_linear.py": (284, 207),
     "test_sacl.py": (711, 510),
-    "tests/*.py": (3720, 2820),
+    "tests/*.py": (3735, 2840),
     "related/*.py": (636, 333),
     "bench/*.py": (1980, 1420),
     "README.md": (150, None),
