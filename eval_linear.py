@@ -155,6 +155,8 @@ def probe_lars(encoder, data: Images, run: Config, cfg: ProbeConfig, device) -> 
     choice = {"lr": cfg.lr}
     if cfg.lr_sweep:
         kept, held = holdout(len(data.labels), cfg.seed)
+        if len(kept) < 2:
+            raise UsageError("--lr-sweep: too few training images to hold any out; leave it out")
         heads = train_heads(encoder, data, kept, run, cfg, LRS, device)
         features = sacl.embed(encoder, data.pixels, run, device, held)
         scores = [accuracy(head(features).cpu(), data.labels[held], 1) for head in heads]
@@ -167,8 +169,6 @@ def probe_lars(encoder, data: Images, run: Config, cfg: ProbeConfig, device) -> 
 
 def train_heads(encoder, data: Images, rows: Tensor, run: Config, cfg: ProbeConfig, lrs, device):
     """A linear classifier for each learning rate, all on the same crops of the images `rows`."""
-    if len(rows) < 2:
-        raise UsageError(f"--dataset {run.dataset}: too few training images; add some")
     torch.manual_seed(cfg.seed)
     heads = [linear(encoder.dim, len(data.classes), device) for _ in lrs]
     groups = [dict(params=head.parameters(), base=lr) for head, lr in zip(heads, lrs, strict=True)]

@@ -315,6 +315,7 @@ def write_squares(paths: list[Path], side: int, target: Path, log) -> None:
         found = part.stat().st_size if part.exists() else 0
         # the last block is made again: a power cut may have torn it
         done = max(0, (found - header.tell()) // size - BLOCK)
+        done = done if found <= header.tell() + len(paths) * size else 0  # a file of something else
         free, total = shutil.disk_usage(part.parent).free / 1e9, len(paths) * size / 1e9
         if (len(paths) - done) * size / 1e9 > free:
             lack = f"{target} takes {total:.1f} GB and only {free:.1f} are free"
@@ -323,6 +324,9 @@ def write_squares(paths: list[Path], side: int, target: Path, log) -> None:
         log(what + (f"; {done} are done" if done else ""))
         part.touch()
         with open(part, "r+b") as file:
+            if file.seek(0, os.SEEK_END) < found:  # that file has been renamed meanwhile
+                done = 0
+            file.seek(0)
             file.write(header.getvalue())
             for row, block in decode_blocks(paths, side, log, done):
                 file.seek(header.tell() + row * size)
@@ -330,7 +334,7 @@ def write_squares(paths: list[Path], side: int, target: Path, log) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             file.truncate(header.tell() + len(paths) * size)
-        with contextlib.suppress(FileNotFoundError):  # that process has renamed it
+        with contextlib.suppress(FileNotFoundError):  # another process has renamed it
             os.replace(part, target)
     except OSError as error:
         if error.filename in map(str, paths):

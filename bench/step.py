@@ -152,10 +152,10 @@ def build(name: str, cfg: sacl.Config, device: torch.device) -> tuple[Step | Non
         before = torch.cuda.memory_allocated() if cuda else 0
         row = Step(cfg, device, options)
         facts = {"loss off by": check(row)}
-        row.step()  # with TF32, for which cuDNN searches anew, in much memory
-        torch.cuda.reset_peak_memory_stats() if cuda else None
-        row.step()
         if cuda:
+            row.step()  # with TF32, for which cuDNN searches anew, in much memory
+            torch.cuda.reset_peak_memory_stats()
+            row.step()
             facts["peak GB"] = (torch.cuda.max_memory_allocated() - before) / 1e9
         return row, facts
     except Exception as error:  # compilers and memory each fail in their own ways

@@ -31,7 +31,8 @@ Our reading
     2 jigsaw by sacl.split instead of 3 x 3 from crops of 64 px; each step draws 4096 rows of the
     bank anew, which the batch shares, and an image's own row is none of its negatives. An image's
     row is empty until it comes for the first time, when its v_I is its own positive: a bank that
-    starts at random, as PyContrast's does, would make the first of few epochs one of noise.
+    starts at random, as PyContrast's does, would make the first of few epochs one of noise. The
+    first step has no negatives, and its loss is 0.
 """
 
 import torch

@@ -134,25 +134,28 @@ def test_a_comparison_shows_every_seed_and_says_what_was_tuned(capsys, monkeypat
     args.lr = 0.3
     file.write_text(json.dumps(line | {"label": compare.run_config(args, "byol", 0)[0]}))
     compare.main([*show, "--lr", "0.3"])
-    assert "but for --lr 0.3. Cost" in capsys.readouterr().out
+    assert "but for --lr 0.3, none tuned. Cost" in capsys.readouterr().out
 
 
 def test_a_trial_of_another_rate_has_a_label_and_a_command_of_its_own(monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr(
-        runs, "run", lambda label, cfg, file, build, **facts: asked.append((label, cfg, facts))
+        runs, "run", lambda label, cfg, _, build, **facts: asked.append((label, cfg, facts, build))
     )
     files = ["--results", str(tmp_path / "lines.jsonl"), "--runs", str(tmp_path)]
     trial = ["--dataset", "shapes", "--methods", "byol", "--seeds", "1"]
     compare.main([*trial, *files])
+    compare.main([*trial, "--epochs", "12", "--lr", "0.24", "--start", "usual", *files])
     compare.main([*trial, "--epochs", "12", "--lr", "0.24", *files])
-    (usual, cfg, _), (label, other, facts) = asked
+    (usual, cfg, *_), (label, other, facts, build), (plain, *_, plain_build) = asked
+    assert plain != label and plain_build.keywords == {"start": "plain"}
+    assert build.keywords == {"start": facts["start"]} == {"start": "usual"}
     assert (cfg.lr, other.lr, other.epochs, other.seed) == (0.06, 0.24, 12, 1)
     assert usual.split("-")[:2] == ["shapes", "cpu"] and usual != label
     assert cfg.output_dir != other.output_dir
     words = shlex.split(facts["command"])
     compare.main([*words[2:], *files])
-    assert words[:2] == ["python", "bench/compare.py"] and asked[2] == asked[1]
+    assert words[:2] == ["python", "bench/compare.py"] and asked[3][:3] == asked[1][:3]
 
 
 def test_each_system_gets_the_rate_of_its_best_trial(monkeypatch, tmp_path, capsys):
@@ -165,13 +168,17 @@ def test_each_system_gets_the_rate_of_its_best_trial(monkeypatch, tmp_path, caps
         dict(method="byol", lr=0.06, top1=10.0), dict(method="sacl", lr=0.3, top1=1.0),
         dict(method="simclr", lr=9.0, error="diverged"),
     ]  # fmt: skip
+    trials = [{"start": "plain"} | trial for trial in trials]
+    trials.append(dict(method="byol", lr=1.0, top1=99.0, start="usual"))
     file.write_text("\n".join(map(json.dumps, trials)))
     lrs = {"byol": 0.2, "sacl": 0.3, "sacl-positive": 0.3, "sacl-no-gate": 0.3, "sacl-tuned": 0.2}
     words = ["--dataset", "shapes", "--rates", str(file), "--runs", str(tmp_path)]
     compare.main([*words, "--methods", *lrs])
     assert {name: cfg.lr for name, cfg in asked.items()} == lrs
+    asked.clear()
     without = [*words, "--methods", "byol", "simclr"]
-    assert f"--rates {file}: has no trial of simclr" in refused(*without, program=compare)
+    assert f"--rates {file}: has no finished trial of simclr" in refused(*without, program=compare)
+    assert not asked  # before hours of the others
     assert "leave one of them out" in refused(*words, "--lr", 1, program=compare)
     args = argparse.Namespace(scale="cpu", epochs=0, dataset="shapes", data_dir="data",
                               texture_bank="", runs=tmp_path, lr=0.0, rates=file,
@@ -183,11 +190,8 @@ def test_each_system_gets_the_rate_of_its_best_trial(monkeypatch, tmp_path, caps
     done.write_text(json.dumps(line | {"label": label, "cpu_seconds": seconds}))
     compare.main([*words, "--methods", "byol", "--table", "--results", str(done)])
     text = capsys.readouterr().out
-    assert (
-        f"but for lr, the best of the trials in {file}." in text
-        and "plain start" in text
-        and "| 0.2, 0.0005 |" in text
-    )
+    assert f"lr: that of the best trial in {file}; wd, tau: from the source" in text
+    assert "plain start" in text and "| 0.2, 0.0005 |" in text
     assert compare.cpu_seconds(sacl.read_log(done)) == 880
 
 
@@ -272,7 +276,7 @@ def test_a_run_leaves_one_line_with_figures_settings_and_machine(folder, tmp_pat
     assert line["knn_curve"] == [x["knn"] for x in end[1:]]  # without the untrained encoder's
     assert (line["knn"], line["knn_target"]) == (end[-1]["knn"], end[-1]["knn_target"])
     assert line["top1"] == 100 and {"torch", "cpu", "git"} <= set(line["machine"])
-    assert set(line["cpu_seconds"]) == {"train", "evaluate", "monitor"}
+    assert set(line["cpu_seconds"]) == {"train", "evaluate", "monitor"} and "monitor" not in line
     assert (tmp_path / "a" / "backbone.pth").exists()
     assert not (tmp_path / "a" / "checkpoint.pth").exists()
 
@@ -501,6 +505,7 @@ def test_every_figure_is_drawn(folder, finished, tmp_path):
     figures.main(["compare", "--file", str(lines), "--out", str(tmp_path / "compare.png")])
     lines = sacl.read_log(lines)[:4]
     lines.append(lines[1] | {"cpu_seconds": {"train": None}})  # as where it was interrupted
+    lines.append(lines[1] | {"machine": {"device": "NVIDIA H100"}})
     other = lines[1] | {"label": "cifar100-cpu-4/fast-moco-000000", "knn_curve": [1.0]}
     file.write_text("\n".join(map(json.dumps, [*lines, other])))
     drawn = ["compare", "--file", str(file), "--out", str(tmp_path / "few.png")]

@@ -164,7 +164,7 @@ def test_long_runs_on_one_new_gpu_are_compiled(gpus, dtype, steps, mode, monkeyp
     assert (modes or ["not compiled"]) == [mode]
 
 
-def test_a_torch_without_a_compiler_trains_without_one(monkeypatch, capsys):
+def test_a_torch_without_a_compiler_is_told_and_used(monkeypatch, capsys):
     def compile(**how):
         raise RuntimeError("torch.compile is not supported on Python 3.14+")
 

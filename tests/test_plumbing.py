@@ -4,12 +4,12 @@ The kinds of faults have a section each, but for 4, images as the person sees th
 test_images.py with most of 5, and 8, names that collide, which is in kinds 1 and 2.
 """
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
 import inspect
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -529,21 +529,22 @@ def test_the_demo_ends_with_what_it_learned_and_what_to_do_next(tmp_path, capsys
 
 
 @pytest.mark.parametrize("theirs, fault", [
-    ((0, torch.float32), "--dataset: the machines have different images"),
-    ((None, torch.float16), "--amp auto: some of these GPUs lack bf16"),
-    ((None, torch.float32), None),
+    (dict(images=0), "differ in images: .*same command and images"),
+    (dict(precision=torch.float16), "differ in precision: .*--amp .*off"),
+    (dict(lr=0.4, seed=1), "differ in lr, seed: "), ({}, "after it"),
 ])  # fmt: skip
-def test_machines_that_would_train_other_models_are_refused(theirs, fault, folder, monkeypatch):
+def test_machines_that_would_train_other_models_are_refused(
+    theirs, fault, folder, tmp_path, monkeypatch
+):
     def exchange(found, mine):
-        found[:] = [mine, (mine[0] if theirs[0] is None else theirs[0], theirs[1])]
+        found[:] = [mine, mine | theirs]
 
-    cfg = tiny(folder)
-    train_set = sacl.load_data(cfg, "train")
     monkeypatch.setattr(sacl, "world_size", lambda: 2)
-    monkeypatch.setattr(sacl.dist, "all_gather_object", exchange)
-    monkeypatch.setattr(sacl.dist, "get_rank", lambda: 1)
-    with pytest.raises(UsageError, match=fault) if fault else contextlib.nullcontext():
-        sacl.require_alike(cfg, train_set, torch.device("cpu"))
+    monkeypatch.setattr(sacl, "run_epochs", failing(UsageError("after it"), 1))
+    for name, way in dict(all_gather_object=exchange, get_rank=lambda: 0, barrier=list).items():
+        monkeypatch.setattr(sacl.dist, name, way)
+    with pytest.raises(UsageError, match=fault):
+        sacl.train(tiny(folder, output_dir=tmp_path / "a"))
 
 
 def test_only_the_first_process_needs_the_output_folder(tmp_path, monkeypatch):
@@ -579,6 +580,9 @@ def test_archives_are_found_deep_in_folders_of_any_name(cifar, tmp_path):
     outer = cifar.parent.rename(tmp_path / "cifar-10-batches-py")  # as "extract all" leaves it
     kind = torchvision.datasets.CIFAR10
     assert sacl.find_archive(tmp_path, kind) == (outer / cifar.name).resolve()
+    shutil.copytree(outer / cifar.name, outer, dirs_exist_ok=True)
+    shutil.copytree(outer / cifar.name, tmp_path / "a")  # which may be another program's
+    assert sacl.find_archive(tmp_path, kind) == outer.resolve()
 
 
 def test_folders_called_train_and_test_are_no_archive(folder):
@@ -820,11 +824,14 @@ def test_settings_of_a_probe_are_checked(given):
         ProbeConfig(run="a", **given)
 
 
-def test_a_probe_of_one_image_is_refused(finished):
-    encoder, run = eval_linear.load_encoder(ProbeConfig(run=finished))
-    data, cfg, device = sacl.load_data(run, "train"), ProbeConfig(run=finished), torch.device("cpu")
-    with pytest.raises(UsageError, match="too few training images"):
-        eval_linear.train_heads(encoder, data, torch.arange(1), run, cfg, [0.1], device)
+def test_a_sweep_needs_images_to_hold_out(finished, tmp_path):
+    for split, place in itertools.product(("train", "test"), ("a/1.png", "b/2.png")):
+        (path := tmp_path / "two" / split / place).parent.mkdir(parents=True)
+        images.Image.new("RGB", (16, 16)).save(path)
+    given = dict(run=finished, dataset=tmp_path / "two", output_dir=tmp_path, epochs=1)
+    assert eval_linear.evaluate(ProbeConfig(**given))["train_images"] == 2
+    with pytest.raises(UsageError, match="--lr-sweep: too few training images"):
+        eval_linear.evaluate(ProbeConfig(**given, lr_sweep=True))
 
 
 @pytest.mark.parametrize("program, kind", [(sacl, Config), (eval_linear, ProbeConfig)])

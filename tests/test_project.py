@@ -14,15 +14,14 @@ import pytest
 import torch
 
 HERE = Path(__file__).resolve().parent.parent
-FILES = [p for p in HERE.rglob("*.py") if not {".venv", "venv", "runs"} & set(p.parts)]
 BUDGETS = {  # lines, and lines of code: neither blank, nor comments, nor docstrings
-    "sacl.py": (1417, 990),
-    "images.py": (342, 258),
+    "sacl.py": (1423, 995),
+    "images.py": (345, 261),
     "texture.py": (470, 300),
     "shapes.py": (102, 70),
     "eval_linear.py": (284, 207),
     "test_sacl.py": (711, 510),
-    "tests/*.py": (3735, 2840),
+    "tests/*.py": (3750, 2850),
     "related/*.py": (636, 333),
     "bench/*.py": (1980, 1420),
     "README.md": (150, None),
@@ -72,7 +71,7 @@ def layer(name):
 @pytest.mark.parametrize("folder", ["", "tests", "related", "bench"])
 def test_imports_run_one_way(folder):
     """tests -> bench -> related -> eval_linear -> sacl -> images, texture, shapes."""
-    files = [p for p in FILES if p.parent == HERE / folder]
+    files = list((HERE / folder).glob("*.py"))
     for path in files:
         module = "tests" if path.name.startswith("test_") else folder or path.stem
         own = layer(module)
