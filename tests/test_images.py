@@ -549,6 +549,28 @@ def test_a_second_process_without_a_lock_spoils_nothing(many, tmp_path, monkeypa
     assert np.array_equal(images.decode(many, 8, tmp_path, 0), whole)
 
 
+def test_a_part_that_another_process_renames_or_spoilt_is_not_gone_on_with(
+    many, tmp_path, monkeypatch
+):
+    whole, place = images.decode(many, 8, tmp_path), images.decoded_path(many, 8, tmp_path)
+    part, usage = place.with_name(place.name + ".part"), shutil.disk_usage
+    images.decode(many, 8, tmp_path, 0)
+    content = place.read_bytes()
+    place.unlink()
+    part.write_bytes(content[: 128 + 192 * 150])
+
+    def renamed(folder):  # asked for after the part's length was read
+        os.replace(part, place)
+        return usage(folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(images.shutil, "disk_usage", renamed)
+        assert np.array_equal(images.decode(many, 8, tmp_path, 0), whole)
+    place.unlink()
+    part.write_bytes(content[:200] + content)  # as two processes that append would leave it
+    assert np.array_equal(images.decode(many, 8, tmp_path, 0), whole)
+
+
 def test_the_file_of_other_images_is_never_used(many, tmp_path):
     place = images.decoded_path(many, 8, tmp_path)
     fewer = many._replace(paths=many.paths[1:], names=many.names[1:])

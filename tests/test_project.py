@@ -21,7 +21,7 @@ BUDGETS = {  # lines, and lines of code: neither blank, nor comments, nor docstr
     "shapes.py": (102, 70),
     "eval_linear.py": (284, 207),
     "test_sacl.py": (711, 510),
-    "tests/*.py": (3750, 2850),
+    "tests/*.py": (3775, 2870),
     "related/*.py": (636, 333),
     "bench/*.py": (1980, 1420),
     "README.md": (150, None),
