@@ -1053,7 +1053,8 @@ def compile_model(model: nn.Module, cfg: Config, dtype: torch.dtype, steps: int)
 def require_alike(cfg: Config, train_set: Images, device: torch.device) -> None:
     """Refuse processes, on several machines, that would not train the same model."""
     if world_size() > 1:
-        mine: dict = {k: v for k, v in asdict(cfg).items() if k not in FREE}
+        paths = {"dataset", "data_dir", "decoded_dir", "output_dir", "texture_bank"}
+        mine: dict = {k: v for k, v in asdict(cfg).items() if k not in paths | {"amp"}}
         mine |= {"images": checksum(train_set.names), "precision": precision(cfg, device)}
         found: list = [None] * world_size()
         dist.all_gather_object(found, mine)

@@ -15,7 +15,7 @@ import torch
 
 HERE = Path(__file__).resolve().parent.parent
 BUDGETS = {  # lines, and lines of code: neither blank, nor comments, nor docstrings
-    "sacl.py": (1423, 995),
+    "sacl.py": (1424, 996),
     "images.py": (345, 261),
     "texture.py": (470, 300),
     "shapes.py": (102, 70),
