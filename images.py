@@ -313,9 +313,9 @@ def write_squares(paths: list[Path], side: int, target: Path, log) -> None:
     try:
         part.parent.mkdir(parents=True, exist_ok=True)
         found = part.stat().st_size if part.exists() else 0
+        whole = header.tell() + len(paths) * size  # bytes
         # the last block is made again: a power cut may have torn it
-        done = max(0, (found - header.tell()) // size - BLOCK)
-        done = done if found <= header.tell() + len(paths) * size else 0  # a file of something else
+        done = max(0, (found - header.tell()) // size - BLOCK) if found <= whole else 0
         free, total = shutil.disk_usage(part.parent).free / 1e9, len(paths) * size / 1e9
         if (len(paths) - done) * size / 1e9 > free:
             lack = f"{target} takes {total:.1f} GB and only {free:.1f} are free"
@@ -333,7 +333,7 @@ def write_squares(paths: list[Path], side: int, target: Path, log) -> None:
                 file.write(block.numpy())
                 file.flush()
                 os.fsync(file.fileno())
-            file.truncate(header.tell() + len(paths) * size)
+            file.truncate(whole)
         with contextlib.suppress(FileNotFoundError):  # another process has renamed it
             os.replace(part, target)
     except OSError as error:

@@ -609,7 +609,8 @@ def image_folder(cfg: Config) -> Path | None:
         return Path(cfg.dataset)
     root = Path(cfg.data_dir, cfg.dataset)
     unpacked = any(f.name.lower() == "train" and f.is_dir() for f in root.glob("*"))
-    return root if cfg.dataset == "imagenet100" or cfg.dataset in ARCHIVES and unpacked else None
+    archived = cfg.dataset in ARCHIVES and not unpacked
+    return None if cfg.dataset == "shapes" or archived else root
 
 
 def in_memory(pixels: Tensor, labels: Tensor, classes: list[str]) -> Images:
@@ -1053,14 +1054,13 @@ def compile_model(model: nn.Module, cfg: Config, dtype: torch.dtype, steps: int)
 def require_alike(cfg: Config, train_set: Images, device: torch.device) -> None:
     """Refuse processes, on several machines, that would not train the same model."""
     if world_size() > 1:
-        paths = {"dataset", "data_dir", "decoded_dir", "output_dir", "texture_bank"}
-        mine: dict = {k: v for k, v in asdict(cfg).items() if k not in paths | {"amp"}}
+        own = {"dataset", "data_dir", "decoded_dir", "output_dir", "texture_bank", "amp"}
+        mine: dict = {k: v for k, v in asdict(cfg).items() if k not in own}
         mine |= {"images": checksum(train_set.names), "precision": precision(cfg, device)}
         found: list = [None] * world_size()
         dist.all_gather_object(found, mine)
         if differ := [name for name in mine if any(other[name] != mine[name] for other in found)]:
-            advice = "give all machines the same command and images, and an --amp that each of "
-            advice += "them can do, such as off"
+            advice = "give each the same command and images, and an --amp all can do, such as off"
             raise UsageError(f"the processes differ in {', '.join(differ)}: {advice}")
 
 

@@ -117,11 +117,11 @@ SCALES = {
 def compare(args: argparse.Namespace) -> None:
     """Train and evaluate every system, seed by seed, that the file of results does not have."""
     torch.set_num_threads(1)
-    _, first = run_config(args, args.methods[0], 0)
-    eval_linear.load_labelled(dataclasses.replace(first, stl10_split="train"))  # or it is refused
     asked = [(seed, name) for seed in args.seeds for name in args.methods]
     # all of them first: what is wrong with the last shows before the first has run for hours
     configs = [run_config(args, name, seed) for seed, name in asked]
+    first = configs[0][1]
+    eval_linear.load_labelled(dataclasses.replace(first, stl10_split="train"))  # or it is refused
     for (seed, name), (label, config) in zip(asked, configs, strict=True):
         torch.compiler.reset()  # else each system counts as one more variant of the same code
         build = functools.partial(build_system, name, start=args.start)
@@ -209,11 +209,11 @@ def results(args: argparse.Namespace, lines: list[dict]) -> str:
         })  # fmt: skip
     machines = [x["machine"] for found in ended.values() for x in found]
     machines = dict.fromkeys(f"{x.get('cpu', x['device'])} in {x['precision']}" for x in machines)
-    source = "lr, wd, tau: from the source where it gives them for CIFAR, fixed before any run"
-    if args.lr:
-        source += f", but for --lr {args.lr:g}"
-    if args.rates:
-        source = f"lr: that of the best trial in {args.rates}; {source.removeprefix('lr, ')}"
+    source = "wd, tau: from the source where it gives them for CIFAR, fixed before any run"
+    source = (
+        f"lr: that of the best trial in {args.rates}; {source}" if args.rates else "lr, " + source
+    )
+    source += f", but for --lr {args.lr:g}" * (args.lr > 0)
     source += ", tuned in sacl-tuned alone" if recorded.get("sacl-tuned") else ", none tuned"
     timed = f"as much as {quickest} needs; the others are then in the middle of their schedule"
     caption = (

@@ -230,13 +230,13 @@ class PIRL(OneNetwork):
         self.monitor = sacl.similarities(jigsaw[None], v, None)
         drawn = torch.randint(len(self.bank), (self.negatives,), device=index.device)
         memory, negatives = self.bank[index], self.bank[drawn]  # copies: the bank changes below
-        new = ~memory.any(1, keepdim=True)  # (N, 1): images that come for the first time
-        memory = torch.where(new, unit(v.detach()), memory)
+        new, fresh = ~memory.any(1, keepdim=True), unit(v.detach())  # (N, 1): come the first time
+        memory = torch.where(new, fresh, memory)
         hidden = (drawn == index[:, None]) | ~negatives.any(1)  # (N, K): own rows and empty ones
         by_jigsaw, by_image = (
             memory_nce(e, memory, negatives, self.cfg.tau, hidden) for e in (jigsaw, v)
         )
-        self.bank[index] = unit(self.keep * memory + (1 - self.keep) * unit(v.detach()))
+        self.bank[index] = unit(self.keep * memory + (1 - self.keep) * fresh)
         return self.lam * by_jigsaw + (1 - self.lam) * by_image
 
 
