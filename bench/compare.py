@@ -153,13 +153,19 @@ def rate(name: str, args: argparse.Namespace) -> float:
     if not args.rates or name == "sacl-tuned":
         return args.lr or SYSTEMS[name].lr
     tried = "sacl" if name in ("sacl-positive", "sacl-no-gate") else name
-    trials = [x for x in sacl.read_log(args.rates) if x.get("method") == tried]
-    trials = [x for x in trials if x.get("start") == args.start and "error" not in x]
-    if not trials:
+    found = trials(tried, args)
+    if not found:
         which = f"has no finished trial of {tried} from the {args.start} start"
         add = f"--methods {tried} --lr RATE --results {args.rates} adds one"
         raise UsageError(f"--rates {args.rates}: {which}; {add}")
-    return max(trials, key=lambda x: x["top1"])["lr"]
+    return max(found, key=found.get)
+
+
+def trials(name: str, args: argparse.Namespace) -> dict[float, float]:
+    """Linear top-1 of a system's finished trials in --rates, by their learning rate."""
+    found = [x for x in sacl.read_log(args.rates) if x.get("method") == name] if args.rates else []
+    found = [x for x in found if x.get("start") == args.start and "error" not in x]
+    return {x["lr"]: x["top1"] for x in sorted(found, key=lambda x: x["lr"])}
 
 
 def build_system(name: str, config: Config, start: str = "plain") -> nn.Module:
@@ -204,23 +210,26 @@ def results(args: argparse.Namespace, lines: list[dict]) -> str:
             "kNN at equal time": mean_of(knn_at(x, config, at) for x in found),
             "kNN, target": mean_of(x.get("knn_target") for x in found),
             "n": count_of(recorded[name]),
+            "lr: trial top-1": ", ".join(f"{k:g}: {v:.1f}" for k, v in trials(name, args).items()),
             "lr, wd, tau": ", ".join(f"{getattr(config, k):g}" for k in used),
             "cost": mean_of([cost]),
         })  # fmt: skip
     machines = [x["machine"] for found in ended.values() for x in found]
-    machines = dict.fromkeys(f"{x.get('cpu', x['device'])} in {x['precision']}" for x in machines)
-    source = "wd, tau: from the source where it gives them for CIFAR, fixed before any run"
-    source = (
-        f"lr: that of the best trial in {args.rates}; {source}" if args.rates else "lr, " + source
-    )
+    named = [(x["device"].replace("CPU", x.get("cpu", "CPU")), x["precision"]) for x in machines]
+    machines = dict.fromkeys(f"{device} in {precision}" for device, precision in named)
+    rates = f"lr: that of the best trial in {args.rates}; wd" if args.rates else "lr, wd"
+    source = f"{rates}, tau: from the source where it gives them for CIFAR, fixed before any run"
     source += f", but for --lr {args.lr:g}" * (args.lr > 0)
     source += ", tuned in sacl-tuned alone" if recorded.get("sacl-tuned") else ", none tuned"
-    timed = f"as much as {quickest} needs; the others are then in the middle of their schedule"
+    timed = (
+        f" Equal time: as much as {quickest} needs; the others are then in the middle of their "
+        "schedule. Cost: CPU seconds, in fast-moco's."
+    )
     caption = (
         f"{args.dataset}, {config.epochs} epochs, {config.arch} of width {config.width}, "
         f"{args.start} start, {', '.join(machines)}. The online encoder unless it says target; "
-        f"linear: L-BFGS. Equal time: {timed if quickest else 'not known'}. {source}. Cost: CPU "
-        "seconds, in fast-moco's. Figures that others published: related/README.md."
+        f"linear: L-BFGS.{timed * bool(costs)} {source}. Figures that others published: "
+        "related/README.md."
     )
     return f"{table(rows)}\n\n{caption}"
 

@@ -28,8 +28,8 @@ def count_of(runs: list[dict]) -> str:
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown with a column for every key of the longest row."""
-    columns = list(max(rows, key=len))
+    """Markdown with a column for every key of the longest row, but for those without any value."""
+    columns = [c for c in max(rows, key=len) if any(row.get(c, "") != "" for row in rows)]
     lines = [columns, ["---"] * len(columns)]
     for row in rows:
         values = (row.get(column, "") for column in columns)

@@ -112,6 +112,10 @@ def test_the_committed_comparison_is_that_of_the_committed_lines(capsys, monkeyp
     compare.main(["--table", "--start", "usual", "--results", "results/earlier/compare.jsonl"])
     committed = (RESULTS / "earlier" / "compare.md").read_text()
     assert committed.endswith("\n\n" + capsys.readouterr().out)
+    compare.main(["--table", "--rates", "results/trials.jsonl"])
+    table = capsys.readouterr().out
+    assert f"\n\n{table}\n" in (RESULTS / "README.md").read_text()
+    assert "cost" not in table and "Equal time" not in table  # of runs on a GPU they are not known
 
 
 def test_a_comparison_shows_every_seed_and_says_what_was_tuned(capsys, monkeypatch, tmp_path):
@@ -134,7 +138,7 @@ def test_a_comparison_shows_every_seed_and_says_what_was_tuned(capsys, monkeypat
     args.lr = 0.3
     file.write_text(json.dumps(line | {"label": compare.run_config(args, "byol", 0)[0]}))
     compare.main([*show, "--lr", "0.3"])
-    assert "but for --lr 0.3, none tuned. Cost" in capsys.readouterr().out
+    assert "but for --lr 0.3, none tuned. Figures" in capsys.readouterr().out
 
 
 def test_a_trial_of_another_rate_has_a_label_and_a_command_of_its_own(monkeypatch, tmp_path):

@@ -23,7 +23,7 @@ BUDGETS = {  # lines, and lines of code: neither blank, nor comments, nor docstr
     "test_sacl.py": (711, 510),
     "tests/*.py": (3775, 2870),
     "related/*.py": (636, 333),
-    "bench/*.py": (1980, 1420),
+    "bench/*.py": (1990, 1420),
     "README.md": (150, None),
 }
 
