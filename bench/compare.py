@@ -163,9 +163,10 @@ def rate(name: str, args: argparse.Namespace) -> float:
 
 def trials(name: str, args: argparse.Namespace) -> dict[float, float]:
     """Linear top-1 of a system's finished trials in --rates, by their learning rate."""
-    found = [x for x in sacl.read_log(args.rates) if x.get("method") == name] if args.rates else []
-    found = [x for x in found if x.get("start") == args.start and "error" not in x]
-    return {x["lr"]: x["top1"] for x in sorted(found, key=lambda x: x["lr"])}
+    lines = sacl.read_log(args.rates) if args.rates else []
+    found = [x for x in lines if (x.get("method"), x.get("start")) == (name, args.start)]
+    # of two trials at one rate the better one stays
+    return dict(sorted((x["lr"], x["top1"]) for x in found if "error" not in x))
 
 
 def build_system(name: str, config: Config, start: str = "plain") -> nn.Module:
